@@ -1,0 +1,360 @@
+"""Pretrain MoleBLEND by blending, on one process or many, and write a folder that the Hub can take as it is.
+
+One minute on CPU      accelerate launch --cpu training/pretrain.py --max_steps 100
+Two minutes on CPU     accelerate launch training/pretrain.py
+One GPU                accelerate launch --num_processes 1 --mixed_precision bf16 training/pretrain.py \
+                           --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
+Eight GPUs             accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 training/pretrain.py \
+                           --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
+Continue               the same command with --resume auto
+
+The dataset is a folder of Parquet files with the columns of training/sample. Every setting below is a key of the YAML file
+and a flag; a flag wins.
+"""
+
+import dataclasses
+import json
+import logging
+import shlex
+import shutil
+import sys
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from data import TrainingBatches, batched, draw_seed, read_molecules, split_held_out
+from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
+from reporting import MetricsLog, environment, plot_losses, read_metrics, write_card
+from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
+from settings import load_settings, setting
+
+HERE = Path(__file__).parent
+LOSSES = {
+    "shortest_path_loss": "shortest path",
+    "bond_path_loss": "bonds on the path",
+    "relative_position_loss": "relative position",
+    "coordinate_denoising_loss": "coordinate denoising",
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PretrainingSettings:
+    """Settings of a pretraining run; the four without a default make the recipe and stand in its YAML file."""
+
+    description: str = setting("run", "what this recipe is and how long it takes; printed before it starts", "")
+    output_dir: str = setting("run", "where everything is written (default: outputs/pretrain)", "outputs/pretrain")
+    resume: str | None = setting("run", "checkpoint folder, or auto: the newest in OUTPUT_DIR/checkpoints", None)
+    overwrite: bool = setting("run", "start anew in an OUTPUT_DIR with checkpoints, deleting them", False)
+    logging_steps: int = setting("run", "optimizer steps between lines of training losses", 10)
+    eval_steps: int = setting("run", "optimizer steps between evaluations on the held-out molecules", 1000)
+    checkpointing_steps: int = setting("run", "optimizer steps between checkpoints", 1000)
+    num_proc: int = setting("run", "processes that featurize the dataset", 1)
+
+    dataset: str | None = setting("data", "folder of Parquet files (default: the sample)", str(HERE / "sample"))
+    held_out_molecules: int = setting("data", "molecules held out for evaluation", 200)
+    split_seed: int = setting("data", "seed of the choice of held-out molecules", 0)
+
+    model: dict[str, Any] = setting("model", "fields of MoleBlendConfig, e.g. --model hidden_size=256", {})
+
+    max_steps: int = setting("optimization", "optimizer steps of the whole run")
+    batch_size: int = setting("optimization", "molecules an optimizer step, over all processes")
+    learning_rate: float = setting("optimization", "peak learning rate")
+    warmup_steps: int = setting("optimization", "optimizer steps from 0 to the peak; then cosine to 0 at MAX_STEPS")
+    gradient_accumulation_steps: int = setting("optimization", "parts a process cuts its share of a batch into", 1)
+    adam_beta1: float = setting("optimization", "decay of AdamW's mean of gradients", 0.9)
+    adam_beta2: float = setting("optimization", "decay of AdamW's mean of squared gradients", 0.999)
+    adam_epsilon: float = setting("optimization", "AdamW's epsilon", 1e-8)
+    weight_decay: float = setting("optimization", "AdamW's decoupled weight decay", 0.0)
+    max_grad_norm: float = setting("optimization", "clip the gradient to this norm", 5.0)
+    mixed_precision: str | None = setting(
+        "optimization", "arithmetic (default: what accelerate launch says)", None, choices=("no", "fp16", "bf16")
+    )
+    seed: int = setting("optimization", "seed of weights, batch order, draws and dropout", 0)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read or built."""
+        if self.dataset is None:
+            raise ValueError("This recipe names no dataset. Give a folder of Parquet files with --dataset.")
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "num_proc", "held_out_molecules"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be 1 or more, got {getattr(self, name)}; MAX_STEPS means only at the end."
+                )
+        known = [field.name for field in dataclasses.fields(MoleBlendConfig)]
+        if unknown := sorted(set(self.model) - set(known)):
+            raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in model. Known keys: {', '.join(known)}.")
+
+    def that_shape_the_result(self) -> dict[str, Any]:
+        """All settings but those that say where to write and how often to look."""
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields if field.metadata["group"] != "run"}
+
+
+def parse_args(argv: list[str] | None = None) -> PretrainingSettings:
+    """Settings from the YAML file and the flags."""
+    return load_settings(PretrainingSettings, __doc__, HERE / "configs" / "sample.yaml", argv)
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], seed: int
+) -> dict[str, float]:
+    """Each loss, and the share of relations recovered, over all held-out molecules; the same draws at every call.
+
+    A mean over batches would weigh a pair in a small batch more than one in a large batch: each loss is weighted by the
+    number of pairs, bonds, molecules or atoms that it is a mean over.
+    """
+    model.eval()
+    generator = torch.Generator(device=accelerator.device)
+    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))  # sum, and of how many
+
+    def add(name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+        totals[name] += (float(total), float(count))
+
+    for index in range(accelerator.process_index, len(batches), accelerator.num_processes):
+        batch = {name: values.to(accelerator.device) for name, values in batches[index].items()}
+        outputs = model(**batch, generator=generator.manual_seed(draw_seed(seed, index)))
+        atoms = batch["attention_mask"].bool()
+        has_geometry = batch.get("coordinates_mask", torch.zeros_like(atoms[:, 0]))
+        noisy = atoms & has_geometry[:, None] & (outputs.atom_modality_ids == 1)
+        add("coordinate_denoising_loss", outputs.coordinate_denoising_loss * noisy.sum(), noisy.sum())
+        with_pairs = (has_geometry & (atoms.sum(-1) > 1)).sum()
+        add("relative_position_loss", outputs.relative_position_loss * with_pairs, with_pairs)
+        for relation, modality, labels, logits in (
+            ("shortest_path", 0, outputs.shortest_path_labels[..., None], outputs.shortest_path_logits[..., None, :]),
+            ("bond_path", 1, outputs.bond_path_labels, outputs.bond_path_logits),
+        ):
+            known = labels != -100
+            add(f"{relation}_loss", outputs[f"{relation}_loss"] * known.sum(), known.sum())
+            right = logits.argmax(-1) == labels
+            shown = (outputs.pair_modality_ids == modality)[..., None]
+            add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
+            add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
+
+    model.train()
+    overall: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for name, total in gather_object(list(totals.items())):
+        overall[name] += total
+    return {name: float(total / count) for name, (total, count) in overall.items() if count}
+
+
+def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """First and last evaluation among the lines of metrics.jsonl, as the card's table needs them."""
+    evaluations = [row for row in rows if any(name.startswith("held_out/") for name in row)]
+    first, last = evaluations[0], evaluations[-1]
+    titles = {name: f"{title}, loss" for name, title in LOSSES.items()} | {
+        f"{relation}_recovered_{seen}": f"{LOSSES[f'{relation}_loss']}, recovered where {seen}"
+        for relation in ("shortest_path", "bond_path")
+        for seen in ("shown", "hidden")
+    }
+    measured = {f"held_out/{name}": title for name, title in titles.items() if f"held_out/{name}" in last}
+    return {
+        "first_step": first["step"],
+        "last_step": last["step"],
+        "table": [(title, first[name], last[name]) for name, title in measured.items()],
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the pretraining that the arguments describe; returns the last measurements on the held-out molecules."""
+    settings = parse_args(argv)
+    output_dir = Path(settings.output_dir)
+    checkpoints = output_dir / "checkpoints"
+    checkpoint = find_checkpoint(settings.resume, checkpoints)
+    if checkpoint is None and checkpoints_in(checkpoints) and not settings.overwrite:
+        raise FileExistsError(
+            f"{output_dir} holds checkpoints of another run. Continue it with --resume auto, start anew and delete them "
+            "with --overwrite, or choose another --output_dir."
+        )
+
+    # split_batches: batch_size is that of all processes together, so the schedule advances once an optimizer step.
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with="tensorboard",
+        project_dir=output_dir,
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if accelerator.is_main_process:
+        if checkpoint is None:
+            for old in (checkpoints, output_dir / "tensorboard"):
+                shutil.rmtree(old, ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Data: molecules -> graphs, once; the held-out batches are padded once too.
+    with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
+        molecules = read_molecules(str(settings.dataset))
+    processor = MoleBlendProcessor()
+    graphs = processor.featurize_many(molecules.smiles, coordinates=molecules.coordinates, num_proc=settings.num_proc)
+    training_rows, held_out_rows = split_held_out(molecules.smiles, settings.held_out_molecules, settings.split_seed)
+    training_graphs = [graphs[row] for row in training_rows]
+    collate = partial(processor.pad, return_tensors="pt")
+    part_size = settings.batch_size // (settings.gradient_accumulation_steps * accelerator.num_processes)
+    held_out_batches = [collate([graphs[row] for row in rows]) for rows in batched(held_out_rows.tolist(), part_size)]
+
+    # Model, optimizer, schedule. The same weights on every process, then its own dropout on each.
+    set_seed(settings.seed)
+    model = MoleBlendForPreTraining(MoleBlendConfig(**settings.model))
+    set_seed(settings.seed, device_specific=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    step = 0
+    if checkpoint is not None:
+        step = load_checkpoint(accelerator, checkpoint, settings.that_shape_the_result())
+    batches = TrainingBatches(
+        len(training_graphs),
+        settings.batch_size,
+        settings.seed,
+        first_step=step,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    # A generator of its own: DataLoader draws a number when it starts, which must not move the state just restored.
+    loader: DataLoader[Any] = DataLoader(
+        training_graphs,  # type: ignore[arg-type]  # a list is a dataset
+        batch_sampler=batches,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
+    generator = torch.Generator(device=accelerator.device)
+
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_with_coordinates = sum(coordinates is not None for coordinates in molecules.coordinates)
+    accelerator.print(
+        f"{settings.description or 'Pretraining'}\n"
+        f"  model    {num_parameters:,} parameters on {accelerator.device.type}, {accelerator.num_processes} process(es)\n"
+        f"  data     {len(training_rows):,} molecules to train on, {len(held_out_rows):,} held out; "
+        f"{num_with_coordinates:,} of all have a geometry\n"
+        f"  steps    {step:,} to {settings.max_steps:,} of {settings.batch_size:,} molecules "
+        f"({batches.steps_per_epoch:,} steps an epoch)\n"
+        f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
+    )
+    # A resumed run drops from its logs what was measured after the checkpoint.
+    metrics_file = output_dir / "metrics.jsonl"
+    log = MetricsLog(metrics_file, step) if accelerator.is_main_process else None
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+    def record(at_step: int, metrics: dict[str, float]) -> None:
+        accelerator.log(metrics, step=at_step)
+        if log is not None:
+            log.write(at_step, metrics)
+
+    def evaluate_and_record(at_step: int) -> dict[str, float]:
+        metrics = evaluate(accelerator, model, held_out_batches, settings.seed)
+        record(at_step, {f"held_out/{name}": value for name, value in metrics.items()})
+        progress.write(
+            f"step {at_step:>6,} held out: "
+            + ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
+        )
+        return metrics
+
+    started = time.perf_counter()
+    progress = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+    held_out = evaluate_and_record(step)
+    losses, window_steps, window_start = torch.zeros(len(LOSSES), device=accelerator.device), 0, time.perf_counter()
+    model.train()
+    part = 0
+    for batch in loader if step < settings.max_steps else ():
+        with accelerator.accumulate(model):
+            # The draws depend on the seed, the step and the part of the batch: nothing to restore, nothing to replay.
+            generator.manual_seed(draw_seed(settings.seed, step, batches.first_part + part))
+            outputs = model(
+                **{name: value.to(accelerator.device) for name, value in batch.items()}, generator=generator
+            )
+            accelerator.backward(outputs.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        losses += torch.stack([outputs[name].detach() for name in LOSSES]) / settings.gradient_accumulation_steps
+        part += 1
+        if not accelerator.sync_gradients:
+            continue
+
+        step, part, window_steps = step + 1, 0, window_steps + 1
+        progress.update()
+        if step % settings.logging_steps == 0 or step == settings.max_steps:
+            means = accelerator.reduce(losses, "mean") / window_steps
+            rate = window_steps * settings.batch_size / (time.perf_counter() - window_start)
+            values = dict(zip(LOSSES, means.tolist(), strict=True))
+            record(
+                step,
+                {f"train/{name}": value for name, value in values.items()}
+                | {"train/learning_rate": scheduler.get_last_lr()[0], "train/molecules_per_second": rate},
+            )
+            progress.set_postfix_str(
+                f"{rate:.0f} molecules/s, "
+                + ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
+            )
+            losses.zero_()
+            window_steps, window_start = 0, time.perf_counter()
+        pause = time.perf_counter()
+        if step % settings.eval_steps == 0 or step == settings.max_steps:
+            held_out = evaluate_and_record(step)
+        if step % settings.checkpointing_steps == 0 or step == settings.max_steps:
+            save_checkpoint(accelerator, checkpoints, step, settings.that_shape_the_result())
+        window_start += time.perf_counter() - pause  # molecules/s is that of training alone
+        if step == settings.max_steps:
+            break
+    progress.close()
+    accelerator.end_training()
+
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+        rows = read_metrics(metrics_file)
+        plot_losses(rows, LOSSES, output_dir / "losses.png")
+        facts = {
+            "command": shlex.join(
+                ["accelerate", "launch", "training/pretrain.py", *(sys.argv[1:] if argv is None else argv)]
+            ),
+            "settings": dataclasses.asdict(settings),
+            "num_parameters": num_parameters,
+            "num_training": len(training_rows),
+            "num_held_out": len(held_out_rows),
+            "num_with_coordinates": num_with_coordinates,
+            "num_processes": accelerator.num_processes,
+            "seconds": time.perf_counter() - started,
+            "environment": environment(str(accelerator.device)),
+        }
+        (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_card(
+            output_dir / "README.md",
+            model_name=f"MoleBLEND, {output_dir.resolve().name}",
+            config=accelerator.unwrap_model(model).config,
+            results=held_out_results(rows),
+            **facts,
+        )
+        print(
+            f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; its card is README.md."
+        )
+    accelerator.wait_for_everyone()
+    return held_out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a run leaves to read: a line of JSON for each measurement, the loss curves, the model card, settings and versions."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCardData
+from matplotlib.figure import Figure
+
+CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md.jinja"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, each with its `step`. A resumed run drops what was written after its checkpoint."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Keep the lines up to `first_step`."""
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append the measurements of a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All lines of a `metrics.jsonl`; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path) -> None:
+    """Save one panel for each loss (name in the metrics -> title): training and held-out molecules over the steps."""
+    figure = Figure(figsize=(4.2 * len(losses), 3.4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
+        for prefix, label, style in (("train", "training", {"alpha": 0.5}), ("held_out", "held out", {"marker": "o"})):
+            points = [(row["step"], row[f"{prefix}/{name}"]) for row in rows if f"{prefix}/{name}" in row]
+            axes.plot(*zip(*points, strict=True), label=label, **style) if points else None
+        axes.set(title=title, xlabel="optimizer steps")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine and, where the code lies in a git repository, the commit and whether files differ from it."""
+    packages = ("moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit")
+    return {
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, or not in a repository
+        return None
+    return result.stdout.strip()
+
+
+def write_card(path: Path, **values: Any) -> None:
+    """Render the model card; a name the template uses and nobody gives is an error, not an empty place."""
+    template = jinja2.Template(
+        CARD_TEMPLATE.read_text(encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    metadata = ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        pipeline_tag="graph-ml",
+        tags=["chemistry", "molecules", "moleblend", "pretraining"],
+    )
+    path.write_text(template.render(metadata=metadata.to_yaml(), **values), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""Settings of a training run: one dataclass from which the YAML keys and the command-line flags both come."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+
+S = TypeVar("S")
+
+
+def setting(group: str, help: str, default: Any = dataclasses.MISSING, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with what its flag needs; without a default, the configuration file must give it."""
+    metadata = {"group": group, "help": help, "choices": choices}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_settings(settings_class: type[S], description: str, default_config: Path, argv: list[str] | None) -> S:
+    """Settings from the YAML file named by `--config`, each overridden by the flag of its name where one is given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", type=Path, default=default_config, help="YAML file of the settings below (default: %(default)s)"
+    )
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    hints = get_type_hints(settings_class)
+    groups: dict[str, Any] = {}
+    for name, field in fields.items():
+        group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
+        options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        if hints[name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hints[name]) is dict:
+            options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        else:
+            options |= {"metavar": name.rsplit("_", 1)[-1].upper(), "choices": field.metadata["choices"]}
+        group.add_argument(f"--{name}", **options)
+    flags = vars(parser.parse_args(argv))
+    path: Path = flags.pop("config")
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {str(path)!r}. Give one with --config.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings to values, got a {type(values).__name__}.")
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in {path}. Known keys: {', '.join(fields)}.")
+    for name, value in flags.items():
+        # A mapping is updated by its flag, not replaced: `--model hidden_size=64` changes that one value.
+        values[name] = {**(values.get(name) or {}), **_key_values(name, value)} if isinstance(value, list) else value
+    missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
+    if missing:
+        raise ValueError(f"{path} gives no {', '.join(missing)}. Add the key there or give the flag.")
+    return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _key_values(name: str, pairs: list[str]) -> dict[str, Any]:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--{name} takes KEY=VALUE pairs, got {wrong[0]!r}.")
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's declared type; YAML reads 1e-5 as text and flags are text, so numbers are parsed here."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is dict:
+        if value is None or isinstance(value, dict):
+            return value or {}
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif not isinstance(value, bool | dict | list) and value is not None:
+        try:
+            return hint(str(value)) if hint is not str else str(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{name} must be of type {getattr(hint, '__name__', hint)}, got {value!r}.")
