@@ -29,10 +29,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-
 
 try:  # Hidden from the Hub's import scanner, so that a model can be loaded where RDKit is not installed.
     from rdkit import Chem, rdBase
@@ -130,6 +129,15 @@ class MolecularGraph:
     @property
     def num_atoms(self) -> int:
         return len(self.atom_features)
+
+
+class RejectedMolecule(NamedTuple):
+    """A molecule that did not make it into the batch, or did so without 3D, and why."""
+
+    index: int
+    molecule: Any
+    stage: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -639,9 +647,7 @@ def _flatten(parsed: list[_ParsedMolecule], canonical_atom_order: bool) -> _Flat
 
     if canonical_atom_order:
         rank = np.fromiter((r for mol in mols for r in canonical_ranks(mol)), np.int64, len(atoms))
-        atom_features[:, 1] = _canonical_chirality(
-            atom_features[:, 1], begin + bond_start, end + bond_start, rank
-        )
+        atom_features[:, 1] = _canonical_chirality(atom_features[:, 1], begin + bond_start, end + bond_start, rank)
     else:
         rank = np.arange(len(atoms)) - np.repeat(first_atom, num_atoms)
     for molecule, start, stop in zip(parsed, first_atom, first_atom + num_atoms, strict=True):
