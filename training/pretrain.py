@@ -15,11 +15,13 @@ and a flag; a flag wins.
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from data import TrainingBatches, batched, draw_seed, read_molecules, split_held_out
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
+from moleblend_hf.modeling_moleblend import ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
 from reporting import MetricsLog, environment, plot_losses, read_metrics, write_card
 from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
@@ -41,9 +44,9 @@ from settings import load_settings, setting
 HERE = Path(__file__).parent
 LOSSES = {
     "shortest_path_loss": "shortest path",
-    "bond_path_loss": "bonds on the path",
+    "bond_path_loss": "bond path",
     "relative_position_loss": "relative position",
-    "coordinate_denoising_loss": "coordinate denoising",
+    "coordinate_denoising_loss": "denoising",
 }
 
 
@@ -60,8 +63,11 @@ class PretrainingSettings:
     checkpointing_steps: int = setting("run", "optimizer steps between checkpoints", 1000)
     num_proc: int = setting("run", "processes that featurize the dataset", 1)
 
-    dataset: str | None = setting("data", "folder of Parquet files (default: the sample)", str(HERE / "sample"))
+    dataset: str | None = setting(
+        "data", "folder of Parquet files (default: the sample)", os.path.relpath(HERE / "sample")
+    )
     held_out_molecules: int = setting("data", "molecules held out for evaluation", 200)
+    eval_batch_size: int = setting("data", "held-out molecules in a batch; their draws depend on it", 64)
     split_seed: int = setting("data", "seed of the choice of held-out molecules", 0)
 
     model: dict[str, Any] = setting("model", "fields of MoleBlendConfig, e.g. --model hidden_size=256", {})
@@ -85,7 +91,7 @@ class PretrainingSettings:
         """Refuse what cannot work before anything is read or built."""
         if self.dataset is None:
             raise ValueError("This recipe names no dataset. Give a folder of Parquet files with --dataset.")
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "num_proc", "held_out_molecules"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "num_proc", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
@@ -110,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> PretrainingSettings:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], seed: int
+    accelerator: Accelerator, model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], seed: int
 ) -> dict[str, float]:
     """Each loss, and the share of relations recovered, over all held-out molecules; the same draws at every call.
 
@@ -129,15 +135,20 @@ def evaluate(
         outputs = model(**batch, generator=generator.manual_seed(draw_seed(seed, index)))
         atoms = batch["attention_mask"].bool()
         has_geometry = batch.get("coordinates_mask", torch.zeros_like(atoms[:, 0]))
-        noisy = atoms & has_geometry[:, None] & (outputs.atom_modality_ids == 1)
+        noisy = atoms & has_geometry[:, None] & (outputs.atom_modality_ids == ATOM_DISTANCE)
         add("coordinate_denoising_loss", outputs.coordinate_denoising_loss * noisy.sum(), noisy.sum())
         with_pairs = (has_geometry & (atoms.sum(-1) > 1)).sum()
         add("relative_position_loss", outputs.relative_position_loss * with_pairs, with_pairs)
         for relation, modality, labels, logits in (
-            ("shortest_path", 0, outputs.shortest_path_labels[..., None], outputs.shortest_path_logits[..., None, :]),
-            ("bond_path", 1, outputs.bond_path_labels, outputs.bond_path_logits),
+            (
+                "shortest_path",
+                PAIR_SHORTEST_PATH,
+                outputs.shortest_path_labels[..., None],
+                outputs.shortest_path_logits[..., None, :],
+            ),
+            ("bond_path", PAIR_BOND_PATH, outputs.bond_path_labels, outputs.bond_path_logits),
         ):
-            known = labels != -100
+            known = labels != IGNORED_LABEL
             add(f"{relation}_loss", outputs[f"{relation}_loss"] * known.sum(), known.sum())
             right = logits.argmax(-1) == labels
             shown = (outputs.pair_modality_ids == modality)[..., None]
@@ -168,8 +179,8 @@ def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run the pretraining that the arguments describe; returns the last measurements on the held-out molecules."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the pretraining that the arguments describe."""
     settings = parse_args(argv)
     output_dir = Path(settings.output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -202,9 +213,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     graphs = processor.featurize_many(molecules.smiles, coordinates=molecules.coordinates, num_proc=settings.num_proc)
     training_rows, held_out_rows = split_held_out(molecules.smiles, settings.held_out_molecules, settings.split_seed)
     training_graphs = [graphs[row] for row in training_rows]
+    held_out_graphs = [graphs[row] for row in held_out_rows]
     collate = partial(processor.pad, return_tensors="pt")
-    part_size = settings.batch_size // (settings.gradient_accumulation_steps * accelerator.num_processes)
-    held_out_batches = [collate([graphs[row] for row in rows]) for rows in batched(held_out_rows.tolist(), part_size)]
+    held_out_batches = [collate(part) for part in batched(held_out_graphs, settings.eval_batch_size)]
 
     # Model, optimizer, schedule. The same weights on every process, then its own dropout on each.
     set_seed(settings.seed)
@@ -223,6 +234,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     step = 0
     if checkpoint is not None:
         step = load_checkpoint(accelerator, checkpoint, settings.that_shape_the_result())
+        if step > settings.max_steps:
+            raise ValueError(f"{checkpoint} is at step {step}, beyond max_steps ({settings.max_steps}).")
     batches = TrainingBatches(
         len(training_graphs),
         settings.batch_size,
@@ -241,13 +254,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     generator = torch.Generator(device=accelerator.device)
 
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_with_coordinates = sum(coordinates is not None for coordinates in molecules.coordinates)
+    facts: dict[str, Any] = {
+        "command": shlex.join(
+            ["accelerate", "launch", "training/pretrain.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
+        "settings": dataclasses.asdict(settings),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_training": len(training_rows),
+        "num_held_out": len(held_out_rows),
+        "num_with_coordinates": sum(coordinates is not None for coordinates in molecules.coordinates),
+        "num_processes": accelerator.num_processes,
+        "environment": environment(str(accelerator.device)),
+    }
     accelerator.print(
         f"{settings.description or 'Pretraining'}\n"
-        f"  model    {num_parameters:,} parameters on {accelerator.device.type}, {accelerator.num_processes} process(es)\n"
-        f"  data     {len(training_rows):,} molecules to train on, {len(held_out_rows):,} held out; "
-        f"{num_with_coordinates:,} of all have a geometry\n"
+        f"  model    {facts['num_parameters']:,} parameters on {accelerator.device.type}, {accelerator.num_processes} process(es)\n"
+        f"  data     {facts['num_training']:,} molecules to train on, {facts['num_held_out']:,} held out; "
+        f"{facts['num_with_coordinates']:,} of all have a geometry\n"
         f"  steps    {step:,} to {settings.max_steps:,} of {settings.batch_size:,} molecules "
         f"({batches.steps_per_epoch:,} steps an epoch)\n"
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
@@ -262,18 +285,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if log is not None:
             log.write(at_step, metrics)
 
-    def evaluate_and_record(at_step: int) -> dict[str, float]:
+    def evaluate_and_record(at_step: int) -> None:
         metrics = evaluate(accelerator, model, held_out_batches, settings.seed)
         record(at_step, {f"held_out/{name}": value for name, value in metrics.items()})
         progress.write(
             f"step {at_step:>6,} held out: "
             + ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
         )
-        return metrics
 
     started = time.perf_counter()
-    progress = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
-    held_out = evaluate_and_record(step)
+    progress = tqdm(
+        total=settings.max_steps, initial=step, unit="step", mininterval=1.0, disable=not accelerator.is_main_process
+    )
+    if checkpoint is None or step == settings.max_steps:
+        evaluate_and_record(step)
     losses, window_steps, window_start = torch.zeros(len(LOSSES), device=accelerator.device), 0, time.perf_counter()
     model.train()
     part = 0
@@ -314,7 +339,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             window_steps, window_start = 0, time.perf_counter()
         pause = time.perf_counter()
         if step % settings.eval_steps == 0 or step == settings.max_steps:
-            held_out = evaluate_and_record(step)
+            evaluate_and_record(step)
         if step % settings.checkpointing_steps == 0 or step == settings.max_steps:
             save_checkpoint(accelerator, checkpoints, step, settings.that_shape_the_result())
         window_start += time.perf_counter() - pause  # molecules/s is that of training alone
@@ -328,19 +353,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor.save_pretrained(output_dir)
         rows = read_metrics(metrics_file)
         plot_losses(rows, LOSSES, output_dir / "losses.png")
-        facts = {
-            "command": shlex.join(
-                ["accelerate", "launch", "training/pretrain.py", *(sys.argv[1:] if argv is None else argv)]
-            ),
-            "settings": dataclasses.asdict(settings),
-            "num_parameters": num_parameters,
-            "num_training": len(training_rows),
-            "num_held_out": len(held_out_rows),
-            "num_with_coordinates": num_with_coordinates,
-            "num_processes": accelerator.num_processes,
-            "seconds": time.perf_counter() - started,
-            "environment": environment(str(accelerator.device)),
-        }
+        facts["seconds"] = time.perf_counter() - started
         (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         write_card(
             output_dir / "README.md",
@@ -353,7 +366,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; its card is README.md."
         )
     accelerator.wait_for_everyone()
-    return held_out
 
 
 if __name__ == "__main__":

@@ -52,12 +52,19 @@ def environment(device: str) -> dict[str, Any]:
     packages = ("moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit")
     return {
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": {package: _version(package) for package in packages},
         "platform": platform.platform(),
         "device": device,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # imported from a checkout that is not installed
+        return None
 
 
 def _git(*arguments: str) -> str | None:
