@@ -1,0 +1,61 @@
+# Copyright 2026 The moleblend_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MoleBLEND for Hugging Face transformers. Importing this package registers its classes with the auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
+
+from .configuration_moleblend import MoleBlendConfig
+from .featurization_moleblend import MolecularGraph, MoleculeError, read_sdf
+from .modeling_moleblend import (
+    MoleBlendForPreTraining,
+    MoleBlendForSequenceClassification,
+    MoleBlendModel,
+    MoleBlendPreTrainedModel,
+)
+from .processing_moleblend import MoleBlendProcessor
+
+AutoConfig.register("moleblend", MoleBlendConfig)
+AutoModel.register(MoleBlendConfig, MoleBlendModel)
+AutoModelForPreTraining.register(MoleBlendConfig, MoleBlendForPreTraining)
+AutoModelForSequenceClassification.register(MoleBlendConfig, MoleBlendForSequenceClassification)
+AutoProcessor.register(MoleBlendConfig, MoleBlendProcessor)
+AutoFeatureExtractor.register(MoleBlendConfig, MoleBlendProcessor)
+
+# A saved folder carries the code, so that it loads where this package is not installed.
+MoleBlendConfig.register_for_auto_class()
+MoleBlendModel.register_for_auto_class("AutoModel")
+MoleBlendForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+MoleBlendForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MoleBlendProcessor.register_for_auto_class("AutoProcessor")
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoleBlendConfig",
+    "MoleBlendForPreTraining",
+    "MoleBlendForSequenceClassification",
+    "MoleBlendModel",
+    "MoleBlendPreTrainedModel",
+    "MoleBlendProcessor",
+    "MolecularGraph",
+    "MoleculeError",
+    "read_sdf",
+]

@@ -1,0 +1,1095 @@
+# Copyright 2026 The moleblend_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MoleBLEND: one transformer over the 2D graph and the 3D geometry of a molecule (arXiv 2307.06235).
+
+Read downward: constants, row selection, the three pair relations, attention, layer, encoder, heads. Tensors are named and
+shaped as the processor returns them.
+"""
+
+# Dimensions: B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path,
+# K distance kernels.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_moleblend import MoleBlendConfig
+
+# Values of `pair_modality_ids`: the relation that a pair of atoms shows.
+PAIR_SHORTEST_PATH, PAIR_BOND_PATH, PAIR_DISTANCE = 0, 1, 2
+# Values of `atom_modality_ids`: the feature that an atom shows.
+ATOM_DEGREE, ATOM_DISTANCE = 0, 1
+IGNORED_LABEL = -100
+# PARITY: the original writes pi as 3.14159 (molecule_encoder_layers.py, `gaussian`).
+GAUSSIAN_PI = 3.14159
+# Added to each kernel's width, and to a distance before dividing by it.
+GAUSSIAN_WIDTH_OFFSET = 0.01
+DIRECTION_EPS = 1e-5
+PAIR_NORM_EPS = 1e-12
+
+MODEL_INPUTS_DOCSTRING = r"""
+    atom_features (`torch.LongTensor` of shape `(batch_size, num_atoms, 9)`):
+        OGB atom features plus 1; 0 is padding.
+    attention_mask (`torch.Tensor` of shape `(batch_size, num_atoms)`, *optional*):
+        1 for atoms, 0 for padding. Left out, an atom is where the first feature is not 0.
+    degree (`torch.LongTensor` of shape `(batch_size, num_atoms)`, *optional*):
+        Number of neighbours of each atom.
+    shortest_path_distance (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms)`, *optional*):
+        Bonds on the shortest path between two atoms, 0 on the diagonal, 510 where there is none.
+    path_bond_types (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms, max_path_bonds)`, *optional*):
+        `1 + 12 * type + 2 * stereo + conjugated` of each bond along one shortest path; 0 = no such hop.
+    coordinates (`torch.FloatTensor` of shape `(batch_size, num_atoms, 3)`, *optional*):
+        Coordinates in angstrom. Left out, the model sees no geometry; a relation that is left out is a modality
+        switched off.
+    coordinates_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+        Which molecules have coordinates. Left out, all have.
+"""
+
+
+class RowSelection:
+    """The positions of a mask at which something is computed: `take` gathers them into rows, `put` puts rows back.
+
+    Padding is 40% of the tokens and 60% of the pairs of a batch of drug-like molecules, and blending hides relations of most
+    pairs; computing only what is read is the same function, cheaper. With `gather=False` every position is a row (shapes do
+    not depend on the data: for compilation, export and devices that would have to wait for the count) and `put` blanks the
+    positions that are not selected, so that both ways return the same.
+
+    Args:
+        mask (`torch.BoolTensor`): positions to select.
+        gather (`bool`): whether to gather the selected positions.
+    """
+
+    def __init__(self, mask: torch.Tensor, gather: bool):
+        self.shape = mask.shape
+        self.mask = mask
+        self.indices = mask.flatten().nonzero().squeeze(1) if gather else None
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """`(*mask.shape, ...)` to `(rows, ...)`."""
+        rows = values.flatten(0, self.mask.dim() - 1)
+        return rows if self.indices is None else rows.index_select(0, self.indices)
+
+    def put(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(rows, ...)` to `(*mask.shape, ...)`, zero where nothing is selected."""
+        if self.indices is None:
+            values = rows.unflatten(0, self.shape)
+            return values.masked_fill(~self.mask.view(*self.shape, *(1,) * (rows.dim() - 1)), 0)
+        values = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.indices, rows)
+        return values.unflatten(0, self.shape)
+
+    def sum_last(self, rows: torch.Tensor) -> torch.Tensor:
+        """`put(rows)` summed over the last dimension of the mask, without building it: `(*mask.shape[:-1], ...)`."""
+        if self.indices is None:
+            return self.put(rows).sum(self.mask.dim() - 1)
+        *outer, last = self.shape
+        sums = rows.new_zeros(self.mask.numel() // last, *rows.shape[1:])
+        return sums.index_add(0, self.indices // last, rows).unflatten(0, outer)
+
+
+def gathers(tensor: torch.Tensor) -> bool:
+    """Whether `RowSelection` should gather: counting rows is free on CPU, a synchronisation elsewhere, a graph break compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
+    """Mean of `values` where `mask` is true; 0 with zero gradient where nothing is."""
+    return values.masked_fill(~mask, 0).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, gather: bool) -> torch.Tensor:
+    """Cross entropy of `logits (..., C)`, in fp32, averaged over the labels that are not -100; 0 where all are."""
+    rows = RowSelection(labels != IGNORED_LABEL, gather)
+    losses = F.cross_entropy(rows.take(logits).float(), rows.take(labels), ignore_index=IGNORED_LABEL, reduction="sum")
+    return losses / rows.mask.sum().clamp(min=1)
+
+
+def drop_path(hidden_states: torch.Tensor, rate: float, tokens: RowSelection) -> torch.Tensor:
+    """Stochastic depth: zeroes the branch of whole molecules and scales the others up. `hidden_states` is `(rows, D)`."""
+    kept = torch.rand(tokens.shape[0], 1, device=hidden_states.device) >= rate
+    scale = kept.to(hidden_states.dtype) / (1 - rate)
+    return hidden_states * tokens.take(scale.expand(tokens.shape)).unsqueeze(-1)
+
+
+class MoleBlendLayerNorm(nn.LayerNorm):
+    """Layer norm computed in fp32 whatever the dtype of its input, which it returns."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(
+            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        ).to(hidden_states.dtype)
+
+
+class MoleBlendEmbeddings(nn.Module):
+    """Atom features summed over one table, and the degree ("centrality") embedding."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        sizes = torch.tensor(config.atom_vocabulary_sizes)
+        self.atom_vocabulary_sizes = tuple(config.atom_vocabulary_sizes)
+        # Row 0 is padding; the rows of feature f start at offset f.
+        self.atom_offsets = tuple((sizes.cumsum(0) - sizes).tolist())
+        self.atom_embedding = nn.Embedding(int(sizes.sum()) + 1, config.hidden_size, padding_idx=0)
+        self.degree_embedding = nn.Embedding(config.num_degrees, config.hidden_size)
+
+    def forward(self, atom_features: torch.Tensor) -> torch.Tensor:
+        """`(B, N, num_features)` to `(B, N, D)`; padding is 0, a value beyond a vocabulary takes its last row."""
+        largest = atom_features.new_tensor(self.atom_vocabulary_sizes)
+        offsets = atom_features.new_tensor(self.atom_offsets)
+        index = torch.where(atom_features > 0, torch.minimum(atom_features, largest) + offsets, 0)
+        embeddings = F.embedding_bag(index.flatten(0, 1), self.atom_embedding.weight, mode="sum", padding_idx=0)
+        return embeddings.unflatten(0, index.shape[:2])
+
+    def embed_degree(self, degree: torch.Tensor) -> torch.Tensor:
+        """`(B, N)` to `(B, N, D)`."""
+        return self.degree_embedding(degree.clamp(0, self.degree_embedding.num_embeddings - 1))
+
+
+class MoleBlendGaussianDistanceEmbedding(nn.Module):
+    """Distance of a pair of atoms to K Gaussian kernels, after an affine map that depends on the two elements.
+
+    `x = (mul_i + mul_j) * d + (bias_i + bias_j)`, then `exp(-((x - mean) / width)^2 / 2) / (width * sqrt(2 pi))` with
+    `width = |std| + 0.01`, in fp32 (method of Graphormer-3D and Transformer-M; Yu et al. 2024, section 3.1).
+    """
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        num_elements = config.atom_vocabulary_sizes[0] + 1  # row 0 is padding
+        # Columns: factor and offset.
+        self.first_atom_affine = nn.Embedding(num_elements, 2)
+        self.second_atom_affine = nn.Embedding(num_elements, 2)
+        self.means = nn.Parameter(torch.empty(config.num_distance_kernels))
+        self.stds = nn.Parameter(torch.empty(config.num_distance_kernels))
+
+    def forward(self, elements: torch.Tensor, distances: torch.Tensor, pairs: RowSelection) -> torch.Tensor:
+        """`elements (B, N)` (first atom feature) and `distances (B, N, N)` in angstrom to `(rows, K)`."""
+        with torch.autocast(distances.device.type, enabled=False):
+            elements = elements.clamp(max=self.first_atom_affine.num_embeddings - 1)
+            first = self.first_atom_affine(elements).float().unsqueeze(2)  # (B, N, 1, 2)
+            second = self.second_atom_affine(elements).float().unsqueeze(1)  # (B, 1, N, 2)
+            factor, offset = (first + second).unbind(-1)
+            values = pairs.take(factor * distances + offset).unsqueeze(-1)
+            widths = self.stds.float().abs() + GAUSSIAN_WIDTH_OFFSET
+            # exp(log c - z^2 / 2) with z = x / width - mean / width: three passes over the (rows, K) values.
+            scores = torch.addcmul(-self.means.float() / widths, values, 1 / widths)
+            log_scale = -torch.log(widths * (2 * GAUSSIAN_PI) ** 0.5)
+            return torch.addcmul(log_scale, scores, scores, value=-0.5).exp()
+
+
+class MoleBlendAttentionBias(nn.Module):
+    """The three pair relations as one learned attention bias a head, shared by all layers."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        num_heads, num_kernels = config.num_attention_heads, config.num_distance_kernels
+        self.num_heads = num_heads
+        self.bond_vocabulary_sizes = tuple(config.bond_vocabulary_sizes)
+        self.shortest_path_embedding = nn.Embedding(config.num_shortest_path_distances, num_heads, padding_idx=0)
+        self.bond_embedding = nn.Embedding(sum(config.bond_vocabulary_sizes), num_heads)
+        self.bond_path_weight = nn.Parameter(torch.empty(config.max_path_bonds, num_heads, num_heads))
+        self.distance_dense = nn.Linear(num_kernels, num_kernels)
+        self.distance_proj = nn.Linear(num_kernels, num_heads)
+        self.distance_act = ACT2FN["gelu"]
+        self.graph_token_bias = nn.Parameter(torch.empty(num_heads))
+
+    def shortest_path_bias(self, shortest_path_distance: torch.Tensor) -> torch.Tensor:
+        """`(rows,)` in bonds to `(rows, H)`."""
+        index = (shortest_path_distance + 1).clamp(max=self.shortest_path_embedding.num_embeddings - 1)
+        return self.shortest_path_embedding(index).float()
+
+    def bond_path_bias(self, path_bond_types: torch.Tensor) -> torch.Tensor:
+        """`(rows, P)` joint bond types to `(rows, H)`: the mean over the path of `bond embedding @ weight of its hop`.
+
+        A bond has one of few joint types, so the product is folded into a table of every type at every hop first; a bond's
+        embedding is the mean of its three features'. Type 0 (no such hop) has a row of zeros that is not trained.
+        """
+        bond_type, stereo, conjugated = self.bond_embedding.weight.float().split(self.bond_vocabulary_sizes)
+        joint = (bond_type[:, None, None] + stereo[None, :, None] + conjugated[None, None, :]).flatten(0, 2) / 3
+        with torch.autocast(joint.device.type, enabled=False):
+            table = F.pad(joint @ self.bond_path_weight.float(), (0, 0, 1, 0))  # (P, joint types + 1, H)
+        num_hops, num_types, _ = table.shape
+        index = path_bond_types + num_types * torch.arange(num_hops, device=path_bond_types.device)
+        sums = F.embedding_bag(index, table.flatten(0, 1), mode="sum")
+        return sums / (path_bond_types > 0).sum(-1, keepdim=True).clamp(min=1)
+
+    def distance_bias(self, distance_embeddings: torch.Tensor) -> torch.Tensor:
+        """`(rows, K)` to `(rows, H)`."""
+        return self.distance_proj(self.distance_act(self.distance_dense(distance_embeddings))).float()
+
+    def forward(self, pair_bias: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """`pair_bias (B, N, N, H)` and `token_mask (B, L)` to `(B, H, L, L)`, `-inf` in the columns of padding."""
+        bias = F.pad(pair_bias.permute(0, 3, 1, 2), (1, 0, 1, 0))
+        on_graph_token = torch.zeros(bias.shape[-2:], dtype=torch.bool, device=bias.device)
+        on_graph_token[0] = True
+        on_graph_token[:, 0] = True
+        bias = bias + self.graph_token_bias.float()[:, None, None] * on_graph_token
+        return bias.masked_fill(~token_mask[:, None, None, :], float("-inf"))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+class MoleBlendAttention(nn.Module):
+    """Multi-head self-attention with an additive bias."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor,
+        tokens: RowSelection,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states (rows, D)` and `attention_bias (B, H, L, L)` to `(rows, D)` and the attention probabilities."""
+        qkv = tokens.put(self.qkv_proj(hidden_states)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D / H)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, probabilities = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_bias.to(query.dtype),
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(tokens.take(context.flatten(2))), probabilities
+
+
+class MoleBlendMLP(nn.Module):
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.dense_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.dense_out = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_out(self.dropout(self.act_fn(self.dense_in(hidden_states))))
+
+
+class MoleBlendLayer(GradientCheckpointingLayer):
+    """Post-norm transformer layer on the rows of real tokens."""
+
+    def __init__(self, config: MoleBlendConfig, layer_idx: int):
+        super().__init__()
+        self.attention = MoleBlendAttention(config)
+        self.attention_norm = MoleBlendLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MoleBlendMLP(config)
+        self.mlp_norm = MoleBlendLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.drop_path_rate = config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1)
+
+    def _residual(self, hidden_states: torch.Tensor, branch: torch.Tensor, tokens: RowSelection) -> torch.Tensor:
+        branch = self.dropout(branch)
+        if self.training and self.drop_path_rate > 0:
+            branch = drop_path(branch, self.drop_path_rate, tokens)
+        return hidden_states + branch
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor,
+        tokens: RowSelection,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        branch, _ = self.attention(hidden_states, attention_bias, tokens, **kwargs)
+        hidden_states = self.attention_norm(self._residual(hidden_states, branch, tokens))
+        return self.mlp_norm(self._residual(hidden_states, self.mlp(hidden_states), tokens))
+
+
+@auto_docstring
+class MoleBlendPreTrainedModel(PreTrainedModel):
+    config: MoleBlendConfig
+    base_model_prefix = "moleblend"
+    main_input_name = "atom_features"
+    input_modalities = ("molecule",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoleBlendLayer"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"attentions": OutputRecorder(MoleBlendAttention, index=1)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoleBlendGaussianDistanceEmbedding):
+            if self.config.gaussian_initialization == "uniform":
+                init.uniform_(module.means, 0, 3)
+                init.uniform_(module.stds, 0, 3)
+                for affine in (module.first_atom_affine, module.second_atom_affine):
+                    init.copy_(affine.weight, affine.weight.new_tensor([1.0, 0.0]).expand_as(affine.weight))
+            else:
+                init.normal_(module.means, std=std)
+                init.normal_(module.stds, std=std)
+        elif isinstance(module, MoleBlendAttentionBias):
+            init.normal_(module.bond_path_weight, std=std)
+            init.normal_(module.graph_token_bias, std=std)
+        elif isinstance(module, MoleBlendModel):
+            init.normal_(module.graph_token, std=std)
+
+
+@auto_docstring(custom_intro="Output of [`MoleBlendModel`].")
+@dataclass
+class MoleBlendModelOutput(ModelOutput):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_atoms + 1, hidden_size)`):
+            States after the last layer: the graph token first, then the atoms; padding is 0.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+            State of the graph token, the molecule embedding.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            The embeddings after their layer norm, then the states after each layer, shaped as `last_hidden_state`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention probabilities of each layer, `(batch_size, num_heads, num_atoms + 1, num_atoms + 1)`.
+        attention_bias (`torch.FloatTensor` of shape `(batch_size, num_heads, num_atoms + 1, num_atoms + 1)`, *optional*):
+            What is added to the attention scores of every layer; `-inf` in the columns of padding. Returned with
+            `output_attention_bias=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    attention_bias: torch.FloatTensor | None = None
+
+
+@dataclass
+class MoleBlendEmbeddingsOutput(ModelOutput):
+    r"""
+    Args:
+        molecule_embeddings (`torch.FloatTensor` of shape `(num_molecules, hidden_size)`):
+            State of the graph token of each molecule, in the order given.
+        atom_embeddings (`list(torch.FloatTensor)`):
+            For each molecule, the states of its atoms `(num_atoms, hidden_size)`, in the molecule's own atom order.
+    """
+
+    molecule_embeddings: torch.FloatTensor | None = None
+    atom_embeddings: list[torch.FloatTensor] | None = None
+
+
+@auto_docstring
+class MoleBlendModel(MoleBlendPreTrainedModel):
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__(config)
+        self.graph_token = nn.Parameter(torch.empty(config.hidden_size))
+        self.embeddings = MoleBlendEmbeddings(config)
+        self.distance_embedding = MoleBlendGaussianDistanceEmbedding(config)
+        self.atom_distance_proj = nn.Linear(config.num_distance_kernels, config.hidden_size)
+        self.embedding_norm = MoleBlendLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embedding_dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_bias = MoleBlendAttentionBias(config)
+        self.layers = nn.ModuleList(
+            [MoleBlendLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.atom_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.atom_embedding = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring(
+        custom_args=MODEL_INPUTS_DOCSTRING
+        + r"""
+    pair_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms)`, *optional*):
+        The one relation that a pair shows: 0 shortest path, 1 bond path, 2 distance. Left out, a pair shows all.
+    atom_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms)`, *optional*):
+        The one feature that an atom shows: 0 degree, 1 distance feature. Left out, an atom shows both.
+    output_attention_bias (`bool`, *optional*, defaults to `False`):
+        Whether to return the attention bias.
+"""
+    )
+    def forward(
+        self,
+        atom_features: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        degree: torch.LongTensor | None = None,
+        shortest_path_distance: torch.LongTensor | None = None,
+        path_bond_types: torch.LongTensor | None = None,
+        coordinates: torch.FloatTensor | None = None,
+        coordinates_mask: torch.BoolTensor | None = None,
+        pair_modality_ids: torch.LongTensor | None = None,
+        atom_modality_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attention_bias: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoleBlendModelOutput:
+        r"""
+        Example:
+
+        ```python
+        >>> from moleblend_hf import MoleBlendConfig, MoleBlendModel, MoleBlendProcessor
+
+        >>> processor, model = MoleBlendProcessor(), MoleBlendModel(MoleBlendConfig())
+        >>> outputs = model(**processor(["CCO", "c1ccccc1"], return_tensors="pt"))
+        >>> outputs.last_hidden_state.shape
+        torch.Size([2, 7, 768])
+        ```
+        """
+        if atom_features.dim() != 3 or atom_features.shape[2] != len(self.config.atom_vocabulary_sizes):
+            raise ValueError(
+                f"`atom_features` has shape {tuple(atom_features.shape)}; expected (batch_size, num_atoms, "
+                f"{len(self.config.atom_vocabulary_sizes)}), as the processor returns it."
+            )
+        batch_size, num_atoms, _ = atom_features.shape
+        expected_shapes = {
+            "attention_mask": (attention_mask, (batch_size, num_atoms)),
+            "degree": (degree, (batch_size, num_atoms)),
+            "shortest_path_distance": (shortest_path_distance, (batch_size, num_atoms, num_atoms)),
+            "path_bond_types": (path_bond_types, (batch_size, num_atoms, num_atoms, self.config.max_path_bonds)),
+            "coordinates": (coordinates, (batch_size, num_atoms, 3)),
+            "coordinates_mask": (coordinates_mask, (batch_size,)),
+            "pair_modality_ids": (pair_modality_ids, (batch_size, num_atoms, num_atoms)),
+            "atom_modality_ids": (atom_modality_ids, (batch_size, num_atoms)),
+        }
+        for name, (tensor, shape) in expected_shapes.items():
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(tensor.shape)}; expected {shape} to go with `atom_features`. Pad molecules "
+                    "together, with the processor of this checkpoint."
+                )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        # Which atoms, tokens and pairs are real, and which pairs have a distance.
+        atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
+        token_mask = F.pad(atom_mask, (1, 0), value=True)  # (B, L)
+        pair_mask = atom_mask.unsqueeze(2) & atom_mask.unsqueeze(1)  # (B, N, N)
+        gather = gathers(atom_features)
+        tokens = RowSelection(token_mask, gather)
+
+        def shown(mask: torch.Tensor, modality: int) -> torch.Tensor:
+            return mask if pair_modality_ids is None else mask & (pair_modality_ids == modality)
+
+        # Atoms and pairs, one relation after the other; each term is computed only where it is shown.
+        atom_states = self.embeddings(atom_features)  # (B, N, D)
+        pair_bias = torch.zeros(
+            *pair_mask.shape, self.config.num_attention_heads, device=atom_features.device
+        )  # (B, N, N, H)
+        if degree is not None:
+            degree_states = self.embeddings.embed_degree(degree)
+            if atom_modality_ids is not None:
+                degree_states = degree_states.masked_fill((atom_modality_ids != ATOM_DEGREE).unsqueeze(-1), 0)
+            atom_states = atom_states + degree_states
+        if shortest_path_distance is not None:
+            pairs = RowSelection(shown(pair_mask, PAIR_SHORTEST_PATH), gather)
+            pair_bias = pair_bias + pairs.put(
+                self.attention_bias.shortest_path_bias(pairs.take(shortest_path_distance))
+            )
+        if path_bond_types is not None:
+            pairs = RowSelection(shown(pair_mask, PAIR_BOND_PATH), gather)
+            pair_bias = pair_bias + pairs.put(self.attention_bias.bond_path_bias(pairs.take(path_bond_types)))
+        if coordinates is not None:
+            has_distance = pair_mask if coordinates_mask is None else pair_mask & coordinates_mask[:, None, None]
+            pairs = RowSelection(has_distance, gather)
+            coordinates = coordinates.float()
+            distances = torch.linalg.vector_norm(coordinates.unsqueeze(1) - coordinates.unsqueeze(2), dim=-1)
+            distance_embeddings = self.distance_embedding(atom_features[..., 0], distances, pairs)  # (rows, K)
+            distance_states = self.atom_distance_proj(pairs.sum_last(distance_embeddings).to(self.dtype))
+            has_state = has_distance.any(-1)
+            if atom_modality_ids is not None:
+                has_state = has_state & (atom_modality_ids == ATOM_DISTANCE)
+            distance_states = distance_states.masked_fill(~has_state.unsqueeze(-1), 0)
+            atom_states = atom_states + self.config.distance_feature_scale * distance_states
+            shown_rows = RowSelection(pairs.take(shown(has_distance, PAIR_DISTANCE)), gather)
+            distance_bias = self.attention_bias.distance_bias(shown_rows.take(distance_embeddings).to(self.dtype))
+            pair_bias = pair_bias + pairs.put(shown_rows.put(distance_bias))
+        attention_bias = self.attention_bias(pair_bias, token_mask)
+
+        graph_token = self.graph_token.expand(batch_size, 1, -1)
+        hidden_states = self.embedding_norm(tokens.take(torch.cat([graph_token, atom_states], dim=1)))
+        hidden_states = self.embedding_dropout(hidden_states)
+        all_hidden_states = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_bias, tokens, **kwargs)
+            all_hidden_states.append(hidden_states)
+
+        last_hidden_state = tokens.put(hidden_states)
+        return MoleBlendModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
+            hidden_states=tuple(tokens.put(rows) for rows in all_hidden_states) if output_hidden_states else None,
+            attention_bias=attention_bias if output_attention_bias else None,
+        )
+
+    @torch.no_grad()
+    def embed(
+        self, molecules: Sequence[Any], processor: Any, batch_size: int = 32, **processor_kwargs: Any
+    ) -> MoleBlendEmbeddingsOutput:
+        """Embeddings of a list of molecules and of their atoms, computed in eval mode without gradients.
+
+        Args:
+            molecules (`list`): molecules in any form that the processor takes.
+            processor (`MoleBlendProcessor`): the processor of this checkpoint.
+            batch_size (`int`, *optional*, defaults to 32): molecules in a forward pass.
+            processor_kwargs: further arguments of the processor (`modality`, `on_error` ...). With `on_error="skip"`,
+                rejected molecules have no embedding and are listed in `processor.rejected`.
+
+        Returns:
+            [`MoleBlendEmbeddingsOutput`]
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            graphs = processor.featurize_many(molecules, **processor_kwargs)
+            by_size = sorted(range(len(graphs)), key=lambda index: graphs[index].num_atoms)
+            states: dict[int, torch.Tensor] = {}
+            for start in range(0, len(graphs), batch_size):
+                indices = by_size[start : start + batch_size]  # molecules of like size share a batch
+                batch = processor.pad([graphs[index] for index in indices], modality=processor_kwargs.get("modality"))
+                output = self(**batch.to(self.device)).last_hidden_state
+                for row, index in enumerate(indices):
+                    states[index] = output[row, : graphs[index].num_atoms + 1]
+        finally:
+            self.train(was_training)
+        in_order = [states[index] for index in range(len(graphs))]
+        return MoleBlendEmbeddingsOutput(
+            molecule_embeddings=torch.stack([state[0] for state in in_order]),
+            atom_embeddings=[state[1:] for state in in_order],
+        )
+
+
+def pair_products(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`Linear(outer(first_i, second_j))` without the outer products: `(B, N, p)` twice to `(B, N, N, C)`.
+
+    The map is bilinear, so `first` is contracted with `weight (C, p * p)` before it meets `second`.
+    """
+    contracted = first @ weight.unflatten(1, (first.shape[-1], -1)).permute(1, 0, 2).flatten(1).to(first.dtype)
+    contracted = contracted.unflatten(-1, (weight.shape[0], -1))  # (B, N, C, p)
+    return torch.matmul(second.unsqueeze(1), contracted.transpose(-1, -2)) + bias
+
+
+class MoleBlendPairProjection(nn.Module):
+    """The two projections of the atom states that a pair head multiplies."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.first_dense = nn.Linear(config.hidden_size, config.pair_head_size)
+        self.first_norm = MoleBlendLayerNorm(config.pair_head_size, eps=PAIR_NORM_EPS)
+        self.second_dense = nn.Linear(config.hidden_size, config.pair_head_size)
+        self.second_norm = MoleBlendLayerNorm(config.pair_head_size, eps=PAIR_NORM_EPS)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, atom_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, N, D)` to two times `(B, N, p)`."""
+        first = self.first_norm(self.act_fn(self.first_dense(atom_states)))
+        second = self.second_norm(self.act_fn(self.second_dense(atom_states)))
+        return first, second
+
+
+class MoleBlendOuterProductPairHead(nn.Module):
+    """Logits of each ordered pair of atoms from the outer product of two projections of their states."""
+
+    def __init__(self, config: MoleBlendConfig, num_classes: int):
+        super().__init__()
+        self.projection = MoleBlendPairProjection(config)
+        self.out_proj = nn.Linear(config.pair_head_size**2, num_classes)
+
+    def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, D)` to `(B, N, N, num_classes)`."""
+        return pair_products(*self.projection(atom_states), self.out_proj.weight, self.out_proj.bias)
+
+
+class MoleBlendRelativePositionHead(nn.Module):
+    """Relative position of each ordered pair: two linear maps with nothing between, so their weights are multiplied first."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.projection = MoleBlendPairProjection(config)
+        self.dense = nn.Linear(config.pair_head_size**2, config.relative_position_hidden_size)
+        self.out_proj = nn.Linear(
+            config.relative_position_hidden_size, 3 if config.relative_position_target == "direction" else 1
+        )
+
+    def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, D)` to `(B, N, N, 3)` (direction) or `(B, N, N, 1)` (distance in angstrom)."""
+        weight = self.out_proj.weight @ self.dense.weight
+        bias = self.out_proj(self.dense.bias)
+        return pair_products(*self.projection(atom_states), weight, bias)
+
+
+class MoleBlendCoordinateDenoisingHead(nn.Module):
+    """A vector for each atom: attention over the atoms whose probabilities weigh the directions to them.
+
+    `out_c = w_c . concat_h(sum_j p_hij u_ijc v_hj) + b_c` with values `v = W_v x`; `w_c` and `W_v` are contracted first, so
+    that the `(B, H, N, N, 3)` products are never built.
+    """
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.attention_dropout = config.attention_dropout
+        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, 3)
+
+    def forward(
+        self, atom_states: torch.Tensor, attention_bias: torch.Tensor, relative_directions: torch.Tensor
+    ) -> torch.Tensor:
+        """`(B, N, D)`, `(B, H, N, N)` and `(B, N, N, 3)` to `(B, N, 3)`."""
+        query = self.query_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key = self.key_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling + attention_bias
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        probabilities = F.dropout(probabilities, p=self.attention_dropout, training=self.training)
+        out_weight = self.out_proj.weight.unflatten(1, (self.num_heads, -1))  # (3, H, D / H)
+        value_weight = self.value_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, D / H, D)
+        value_bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D / H)
+        weight = torch.einsum("chd,hde->hce", out_weight, value_weight).flatten(0, 1)
+        bias = torch.einsum("chd,hd->hc", out_weight, value_bias).flatten()
+        values = F.linear(atom_states, weight.to(atom_states.dtype), bias.to(atom_states.dtype))
+        values = values.unflatten(-1, (self.num_heads, 3))  # (B, N, H, 3)
+        # sum over the heads, a matrix product for each j: (B, j, i, H) @ (B, j, H, 3)
+        pair_vectors = torch.matmul(probabilities.permute(0, 3, 2, 1), values).transpose(1, 2)
+        return (pair_vectors * relative_directions).sum(2) + self.out_proj.bias
+
+
+@auto_docstring(custom_intro="Output of [`MoleBlendForPreTraining`].")
+@dataclass
+class MoleBlendForPreTrainingOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`):
+            Sum of the four losses, weighted by `config.loss_weights`.
+        shortest_path_loss (`torch.FloatTensor` of shape `(1,)`):
+            Cross entropy of the shortest-path classes, mean over pairs.
+        bond_path_loss (`torch.FloatTensor` of shape `(1,)`):
+            Cross entropy of the bond classes along paths, mean over hops.
+        relative_position_loss (`torch.FloatTensor` of shape `(1,)`):
+            `1 - cosine` of predicted and true relative position, or smooth L1 of the distance in angstrom; mean over the
+            pairs of a molecule, then over molecules.
+        coordinate_denoising_loss (`torch.FloatTensor` of shape `(1,)`):
+            `1 - cosine` of predicted and true noise, mean over the atoms that showed their distance feature.
+        shortest_path_logits (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_atoms, num_shortest_path_classes)`):
+            Class 0 is 1 bond; the last class is `num_shortest_path_classes` bonds or more.
+        bond_path_logits (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_atoms, max_path_bonds, num_bond_classes)`):
+            Class `6 * type + 2 * stereo + conjugated` (with the default `bond_class_sizes`) of each hop.
+        predicted_relative_positions (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_atoms, 3)`):
+            Direction from atom i to atom j; with `relative_position_target="distance"` the distance in angstrom, `(..., 1)`.
+        predicted_coordinate_noise (`torch.FloatTensor` of shape `(batch_size, num_atoms, 3)`):
+            Direction of the noise on each atom.
+        shortest_path_labels (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms)`):
+            Class of each pair; -100 = no target.
+        bond_path_labels (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms, max_path_bonds)`):
+            Class of each hop; -100 = no target.
+        num_unclassified_bonds (`torch.LongTensor` of shape `(1,)`):
+            Hops whose bond lies outside `bond_class_sizes`: no target, counted here.
+        pair_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms)`):
+            The relation that each pair showed.
+        atom_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms)`):
+            The feature that each atom showed.
+        coordinate_noise (`torch.FloatTensor` of shape `(batch_size, num_atoms, 3)`, *optional*):
+            The noise that was added to the coordinates, in angstrom.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            States after the embeddings and after each layer.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Attention probabilities of each layer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    shortest_path_loss: torch.FloatTensor | None = None
+    bond_path_loss: torch.FloatTensor | None = None
+    relative_position_loss: torch.FloatTensor | None = None
+    coordinate_denoising_loss: torch.FloatTensor | None = None
+    shortest_path_logits: torch.FloatTensor | None = None
+    bond_path_logits: torch.FloatTensor | None = None
+    predicted_relative_positions: torch.FloatTensor | None = None
+    predicted_coordinate_noise: torch.FloatTensor | None = None
+    shortest_path_labels: torch.LongTensor | None = None
+    bond_path_labels: torch.LongTensor | None = None
+    num_unclassified_bonds: torch.LongTensor | None = None
+    pair_modality_ids: torch.LongTensor | None = None
+    atom_modality_ids: torch.LongTensor | None = None
+    coordinate_noise: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    MoleBLEND pretraining, blend then predict: each pair of atoms shows one of its three relations, drawn at random; all
+    three, and the noise on the coordinates, are predicted back. The targets are the inputs, so there are no labels.
+    """
+)
+class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__(config)
+        type_classes, stereo_classes, conjugation_classes = config.bond_class_sizes
+        num_bond_classes = type_classes * stereo_classes * conjugation_classes
+        self.moleblend = MoleBlendModel(config)
+        self.shortest_path_head = MoleBlendOuterProductPairHead(config, config.num_shortest_path_classes)
+        self.bond_path_head = MoleBlendOuterProductPairHead(config, config.max_path_bonds * num_bond_classes)
+        self.relative_position_head = MoleBlendRelativePositionHead(config)
+        self.coordinate_denoising_head = MoleBlendCoordinateDenoisingHead(config)
+        self.post_init()
+
+    def _draw_pair_modalities(
+        self, available: torch.Tensor, num_atoms: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`available (B, 3)`, which relations a molecule has, to `(B, N, N)`; probabilities are renormalised over them."""
+        probabilities = available * available.new_tensor(self.config.blend_probabilities, dtype=torch.float32)
+        cumulative = probabilities.cumsum(-1)
+        draws = torch.rand(
+            available.shape[0] if self.config.blend_per_molecule else 1,
+            num_atoms,
+            num_atoms,
+            device=available.device,
+            generator=generator,
+        )
+        # Draws lie in [0, total): the first relation whose cumulative probability exceeds the draw.
+        draws = draws * cumulative[:, -1, None, None]
+        return (draws.unsqueeze(-1) >= cumulative[:, None, None, :]).sum(-1).clamp(max=PAIR_DISTANCE)
+
+    def _draw_atom_modalities(
+        self, available: torch.Tensor, num_atoms: int, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """`available (B, 2)`, which features the atoms of a molecule have, to `(B, N)`."""
+        probabilities = available * available.new_tensor(self.config.atom_blend_probabilities, dtype=torch.float32)
+        degree, distance = probabilities.unsqueeze(1).unbind(-1)  # (B, 1) each
+        draws = torch.rand(available.shape[0], num_atoms, device=available.device, generator=generator)
+        return (draws * (degree + distance) >= degree).long()
+
+    def _shortest_path_labels(self, shortest_path_distance: torch.Tensor, pair_mask: torch.Tensor) -> torch.Tensor:
+        unreachable = self.config.num_shortest_path_distances - 2
+        has_label = pair_mask & (shortest_path_distance > 0) & (shortest_path_distance < unreachable)
+        labels = (shortest_path_distance - 1).clamp(max=self.config.num_shortest_path_classes - 1)
+        return labels.masked_fill(~has_label, IGNORED_LABEL)
+
+    def _bond_path_labels(
+        self, path_bond_types: torch.Tensor, pair_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels, and the number of hops that have none because no class stands for their bond."""
+        _, stereo_size, conjugation_size = self.config.bond_vocabulary_sizes
+        type_classes, stereo_classes, conjugation_classes = self.config.bond_class_sizes
+        exists = pair_mask.unsqueeze(-1) & (path_bond_types > 0)
+        index = path_bond_types - 1
+        bond_type = index // (stereo_size * conjugation_size)
+        stereo = index // conjugation_size % stereo_size
+        conjugated = index % conjugation_size
+        has_class = (bond_type < type_classes) & (stereo < stereo_classes) & (conjugated < conjugation_classes)
+        labels = (bond_type * stereo_classes + stereo) * conjugation_classes + conjugated
+        labels = labels.masked_fill(~(exists & has_class), IGNORED_LABEL)
+        return labels, (exists & ~has_class).sum()
+
+    @can_return_tuple
+    @auto_docstring(
+        custom_args=MODEL_INPUTS_DOCSTRING
+        + r"""
+    pair_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms, num_atoms)`, *optional*):
+        The one relation that a pair shows: 0 shortest path, 1 bond path, 2 distance. Left out, it is drawn.
+    atom_modality_ids (`torch.LongTensor` of shape `(batch_size, num_atoms)`, *optional*):
+        The one feature that an atom shows: 0 degree, 1 distance feature. Left out, it is drawn.
+    coordinate_noise (`torch.FloatTensor` of shape `(batch_size, num_atoms, 3)`, *optional*):
+        Noise in angstrom. Left out, it is drawn with standard deviation `config.noise_std`.
+    generator (`torch.Generator`, *optional*):
+        Source of the draws, on the device of the inputs. Left out, torch's default generator.
+"""
+    )
+    def forward(
+        self,
+        atom_features: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        degree: torch.LongTensor | None = None,
+        shortest_path_distance: torch.LongTensor | None = None,
+        path_bond_types: torch.LongTensor | None = None,
+        coordinates: torch.FloatTensor | None = None,
+        coordinates_mask: torch.BoolTensor | None = None,
+        pair_modality_ids: torch.LongTensor | None = None,
+        atom_modality_ids: torch.LongTensor | None = None,
+        coordinate_noise: torch.FloatTensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoleBlendForPreTrainingOutput:
+        r"""
+        Example:
+
+        ```python
+        >>> from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
+
+        >>> processor, model = MoleBlendProcessor(), MoleBlendForPreTraining(MoleBlendConfig())
+        >>> outputs = model(**processor(["CCO", "c1ccccc1"], modality="2d+3d", return_tensors="pt"))
+        >>> outputs.loss.backward()
+        ```
+        """
+        batch_size, num_atoms = atom_features.shape[:2]
+        device = atom_features.device
+        gather = gathers(atom_features)
+        atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
+        pair_mask = atom_mask.unsqueeze(2) & atom_mask.unsqueeze(1)
+        if coordinates is None:
+            has_coordinates = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        elif coordinates_mask is None:
+            has_coordinates = torch.ones(batch_size, dtype=torch.bool, device=device)
+        else:
+            has_coordinates = coordinates_mask.bool()
+
+        # Draw what is shown, and the noise.
+        if pair_modality_ids is None:
+            relations = (shortest_path_distance, path_bond_types)
+            available = [has_coordinates.new_full((batch_size,), relation is not None) for relation in relations]
+            available_relations = torch.stack([*available, has_coordinates], dim=-1)
+            pair_modality_ids = self._draw_pair_modalities(available_relations, num_atoms, generator)
+        if atom_modality_ids is None:
+            has_degree = has_coordinates.new_full((batch_size,), degree is not None)
+            available_features = torch.stack([has_degree, has_coordinates], dim=-1)
+            atom_modality_ids = self._draw_atom_modalities(available_features, num_atoms, generator)
+        noisy_coordinates = None
+        if coordinates is not None:
+            coordinates = coordinates.float()
+            if coordinate_noise is None:
+                coordinate_noise = self.config.noise_std * torch.randn(
+                    coordinates.shape, device=device, generator=generator
+                )
+            noisy_coordinates = coordinates + coordinate_noise
+
+        outputs: MoleBlendModelOutput = self.moleblend(
+            atom_features,
+            attention_mask=attention_mask,
+            degree=degree,
+            shortest_path_distance=shortest_path_distance,
+            path_bond_types=path_bond_types,
+            coordinates=noisy_coordinates,
+            coordinates_mask=coordinates_mask,
+            pair_modality_ids=pair_modality_ids,
+            atom_modality_ids=atom_modality_ids,
+            output_attention_bias=True,
+            **kwargs,
+        )
+
+        # Predict all relations back, and the noise. Vectors are at [i, j]: from atom i to atom j.
+        atom_states = outputs.last_hidden_state[:, 1:]
+        shortest_path_logits = self.shortest_path_head(atom_states)
+        bond_path_logits = self.bond_path_head(atom_states).unflatten(-1, (self.config.max_path_bonds, -1))
+        predicted_relative_positions = self.relative_position_head(atom_states)
+        if coordinates is None:
+            relative_positions = relative_directions = atom_states.new_zeros(batch_size, num_atoms, num_atoms, 3)
+        else:
+            relative_positions = coordinates.unsqueeze(1) - coordinates.unsqueeze(2)
+            noisy_positions = noisy_coordinates.unsqueeze(1) - noisy_coordinates.unsqueeze(2)
+            noisy_distances = torch.linalg.vector_norm(noisy_positions, dim=-1, keepdim=True)
+            relative_directions = noisy_positions / (noisy_distances + DIRECTION_EPS)
+            relative_directions = relative_directions.masked_fill(~has_coordinates[:, None, None, None], 0)
+        predicted_coordinate_noise = self.coordinate_denoising_head(
+            atom_states, outputs.attention_bias[:, :, 1:, 1:], relative_directions
+        )
+
+        # Losses: all pairs, hidden or shown. Each is a mean over what has a target, and 0 where nothing has.
+        no_labels = torch.full_like(pair_modality_ids, IGNORED_LABEL)
+        shortest_path_labels, bond_path_labels = no_labels, no_labels.unsqueeze(-1).expand(bond_path_logits.shape[:-1])
+        num_unclassified_bonds = torch.zeros((), dtype=torch.long, device=device)
+        if shortest_path_distance is not None:
+            shortest_path_labels = self._shortest_path_labels(shortest_path_distance, pair_mask)
+        if path_bond_types is not None:
+            bond_path_labels, num_unclassified_bonds = self._bond_path_labels(path_bond_types, pair_mask)
+        shortest_path_loss = masked_cross_entropy(shortest_path_logits, shortest_path_labels, gather)
+        bond_path_loss = masked_cross_entropy(bond_path_logits, bond_path_labels, gather)
+
+        distances = torch.linalg.vector_norm(relative_positions, dim=-1)
+        has_target = pair_mask & has_coordinates[:, None, None] & (distances > 0)
+        if self.config.relative_position_target == "direction":
+            pair_losses = 1 - F.cosine_similarity(predicted_relative_positions.float(), relative_positions, dim=-1)
+        else:
+            predicted_distances = predicted_relative_positions.float().squeeze(-1)
+            pair_losses = F.smooth_l1_loss(predicted_distances, distances, reduction="none")
+        molecule_losses = masked_mean(pair_losses, has_target, dim=(1, 2))
+        relative_position_loss = masked_mean(molecule_losses, has_target.any(-1).any(-1))
+
+        noise = torch.zeros_like(predicted_coordinate_noise) if coordinate_noise is None else coordinate_noise
+        atom_losses = 1 - F.cosine_similarity(predicted_coordinate_noise.float(), noise.float(), dim=-1)
+        shows_distance = atom_mask & has_coordinates.unsqueeze(1) & (atom_modality_ids == ATOM_DISTANCE)
+        coordinate_denoising_loss = masked_mean(atom_losses, shows_distance)
+
+        losses = (shortest_path_loss, bond_path_loss, relative_position_loss, coordinate_denoising_loss)
+        return MoleBlendForPreTrainingOutput(
+            loss=sum(weight * loss for weight, loss in zip(self.config.loss_weights, losses, strict=True)),
+            shortest_path_loss=shortest_path_loss,
+            bond_path_loss=bond_path_loss,
+            relative_position_loss=relative_position_loss,
+            coordinate_denoising_loss=coordinate_denoising_loss,
+            shortest_path_logits=shortest_path_logits,
+            bond_path_logits=bond_path_logits,
+            predicted_relative_positions=predicted_relative_positions,
+            predicted_coordinate_noise=predicted_coordinate_noise,
+            shortest_path_labels=shortest_path_labels,
+            bond_path_labels=bond_path_labels,
+            num_unclassified_bonds=num_unclassified_bonds,
+            pair_modality_ids=pair_modality_ids,
+            atom_modality_ids=atom_modality_ids,
+            coordinate_noise=coordinate_noise,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MoleBlendPropertyHead(nn.Module):
+    """Two dense layers (the RoBERTa classification head without its layer norm)."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(self.act_fn(self.dense(self.dropout(hidden_states)))))
+
+
+@auto_docstring(
+    custom_intro="""
+    MoleBLEND for molecular property prediction: regression with one or several targets, binary classification with one
+    or several tasks (`problem_type="multi_label_classification"`), or classes. Missing labels are NaN (-100 for classes).
+    """
+)
+class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__(config)
+        self.moleblend = MoleBlendModel(config)
+        self.classifier = MoleBlendPropertyHead(config)
+        self.post_init()
+
+    def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the labels that are there; 0 with zero gradient where none is."""
+        problem_type = self.config.problem_type
+        if problem_type is None:
+            is_class_index = not labels.is_floating_point() and self.config.num_labels > 1
+            problem_type = "single_label_classification" if is_class_index else "multi_label_classification"
+            problem_type = "regression" if self.config.num_labels == 1 else problem_type
+        outputs = outputs.float()
+        if problem_type == "single_label_classification":
+            return masked_cross_entropy(outputs, labels.view(-1), gather=False)
+        labels = labels.view(outputs.shape).to(outputs.dtype)
+        present = ~labels.isnan()
+        labels = labels.masked_fill(~present, 0)
+        if problem_type == "multi_label_classification":
+            return masked_mean(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none"), present)
+        if self.config.target_stds is not None:
+            labels = (labels - labels.new_tensor(self.config.target_means)) / labels.new_tensor(
+                self.config.target_stds
+            )
+        return masked_mean(F.mse_loss(outputs, labels, reduction="none"), present)
+
+    @can_return_tuple
+    @auto_docstring(
+        custom_args=MODEL_INPUTS_DOCSTRING
+        + r"""
+    labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
+        Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
+"""
+    )
+    def forward(
+        self,
+        atom_features: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        degree: torch.LongTensor | None = None,
+        shortest_path_distance: torch.LongTensor | None = None,
+        path_bond_types: torch.LongTensor | None = None,
+        coordinates: torch.FloatTensor | None = None,
+        coordinates_mask: torch.BoolTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        `logits` are in the targets' own units for regression (`config.target_means` and `config.target_stds`).
+
+        Example:
+
+        ```python
+        >>> from moleblend_hf import MoleBlendConfig, MoleBlendForSequenceClassification, MoleBlendProcessor
+
+        >>> config = MoleBlendConfig(num_labels=2, problem_type="regression")
+        >>> processor, model = MoleBlendProcessor(), MoleBlendForSequenceClassification(config)
+        >>> inputs = processor(["CCO", "c1ccccc1"], labels=[[0.1, float("nan")], [1.3, 2.0]], return_tensors="pt")
+        >>> model(**inputs).loss.backward()
+        ```
+        """
+        outputs: MoleBlendModelOutput = self.moleblend(
+            atom_features,
+            attention_mask=attention_mask,
+            degree=degree,
+            shortest_path_distance=shortest_path_distance,
+            path_bond_types=path_bond_types,
+            coordinates=coordinates,
+            coordinates_mask=coordinates_mask,
+            **kwargs,
+        )
+        if self.config.readout == "graph_token":
+            logits = self.classifier(outputs.pooler_output)
+        else:
+            # The head reads each atom and its outputs are pooled, as in the original.
+            atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
+            logits = self.classifier(outputs.last_hidden_state[:, 1:]).masked_fill(~atom_mask.unsqueeze(-1), 0).sum(1)
+            if self.config.readout == "mean":
+                logits = logits / atom_mask.sum(1, keepdim=True).clamp(min=1)
+        loss = None if labels is None else self._loss(logits, labels)
+        if self.config.target_stds is not None:
+            logits = logits * logits.new_tensor(self.config.target_stds) + logits.new_tensor(self.config.target_means)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "MoleBlendForPreTraining",
+    "MoleBlendForPreTrainingOutput",
+    "MoleBlendForSequenceClassification",
+    "MoleBlendModel",
+    "MoleBlendModelOutput",
+    "MoleBlendPreTrainedModel",
+]
