@@ -514,8 +514,10 @@ def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.
         mol: a sanitized molecule; hydrogens that are not atoms of it take part, but are not returned.
         settings: number of conformers, seed and limits.
     """
-    canonical, order = _canonical_copy(mol)
-    canonical = Chem.AddHs(canonical)
+    copy = _canonical_copy(mol)
+    if copy is None:
+        raise _no_conformer("RDKit does not read its own canonical SMILES")
+    canonical, order = Chem.AddHs(copy[0]), copy[1]
     if canonical.GetNumAtoms() > settings.max_conformer_atoms:
         raise _no_conformer(
             f"{canonical.GetNumAtoms()} atoms with hydrogens are more than `max_conformer_atoms` "
@@ -554,8 +556,11 @@ def _no_conformer(reason: str) -> MoleculeError:
     )
 
 
-def _canonical_copy(mol: "Chem.Mol") -> tuple["Chem.Mol", list[int]]:
-    """Returns the molecule as read from its canonical SMILES, and for each atom of that its index in `mol`."""
+def _canonical_copy(mol: "Chem.Mol") -> tuple["Chem.Mol", list[int]] | None:
+    """Returns the molecule as read from its canonical SMILES, and for each atom of that its index in `mol`.
+
+    None for the odd molecule whose SMILES RDKit does not read back.
+    """
     mol = Chem.Mol(mol)
     for atom in mol.GetAtoms():
         atom.SetAtomMapNum(0)
@@ -563,7 +568,7 @@ def _canonical_copy(mol: "Chem.Mol") -> tuple["Chem.Mol", list[int]]:
     params.removeHs = False
     canonical = Chem.MolFromSmiles(Chem.MolToSmiles(mol), params)
     if canonical is None or canonical.GetNumAtoms() != mol.GetNumAtoms():
-        raise _no_conformer("RDKit does not read its own canonical SMILES")
+        return None
     order = mol.GetPropsAsDict(includePrivate=True, includeComputed=True)["_smilesAtomOutputOrder"]
     return canonical, list(order)
 
@@ -647,7 +652,14 @@ def _flatten(parsed: list[_ParsedMolecule], canonical_atom_order: bool) -> _Flat
 
     if canonical_atom_order:
         rank = np.fromiter((r for mol in mols for r in canonical_ranks(mol)), np.int64, len(atoms))
+        centres = _is_centre(atom_features[:, 1])
         atom_features[:, 1] = _canonical_chirality(atom_features[:, 1], begin + bond_start, end + bond_start, rank)
+        ring_centres = np.flatnonzero(centres & (atom_features[:, 8] == 2))
+        for index in np.unique(np.repeat(np.arange(len(mols)), num_atoms)[ring_centres]):
+            part = slice(first_atom[index], first_atom[index] + num_atoms[index])
+            settled = _settle_ring_stereo(mols[index], ring_centres[_within(ring_centres, part)] - part.start)
+            if settled is not None:
+                rank[part], atom_features[part, 1] = settled
     else:
         rank = np.arange(len(atoms)) - np.repeat(first_atom, num_atoms)
     for molecule, start, stop in zip(parsed, first_atom, first_atom + num_atoms, strict=True):
@@ -742,7 +754,7 @@ def _canonical_chirality(tags: np.ndarray, begin: np.ndarray, end: np.ndarray, r
     RDKit's clockwise refers to the order of an atom's bonds, which is that of the input. It turns over with each swap
     of two neighbours, so what counts is whether the sorting of the ranks is an odd permutation.
     """
-    is_centre = (tags == _CLOCKWISE) | (tags == _COUNTERCLOCKWISE)
+    is_centre = _is_centre(tags)
     if not is_centre.any():
         return tags
     atom, neighbour = np.concatenate([begin, end]), np.concatenate([end, begin])
@@ -756,6 +768,44 @@ def _canonical_chirality(tags: np.ndarray, begin: np.ndarray, end: np.ndarray, r
         inversions += np.bincount(atom[:-step][swapped], minlength=len(tags))
     turned = is_centre & (inversions % 2 == 1)
     return np.where(turned, _CLOCKWISE + _COUNTERCLOCKWISE - tags, tags)
+
+
+def _is_centre(tags: np.ndarray) -> np.ndarray:
+    return (tags == _CLOCKWISE) | (tags == _COUNTERCLOCKWISE)
+
+
+def _within(values: np.ndarray, part: slice) -> np.ndarray:
+    return (part.start <= values) & (values < part.stop)
+
+
+def _settle_ring_stereo(mol: "Chem.Mol", ring_centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns ranks (n,) and chirality (n,) of a molecule with stereocentres between equivalent ring neighbours.
+
+    As in 1,4-dimethylcyclohexane: which of the two neighbours ranks first is arbitrary, and the clockwise of both
+    centres turns over with it. RDKit settles that in its canonical SMILES, so the order and the tags are taken from
+    there. None if no centre is of that kind.
+    """
+    classes = Chem.CanonicalRankAtoms(mol, False, False, True, False)  # equal but for stereo
+    for index in ring_centres:
+        neighbours = mol.GetAtomWithIdx(int(index)).GetNeighbors()
+        if len({classes[atom.GetIdx()] for atom in neighbours}) < len(neighbours):
+            break
+    else:
+        return None
+    copy = _canonical_copy(mol)
+    if copy is None:
+        return None
+    canonical, order = copy
+    table = _enum_table("ChiralType", tuple(ATOM_FEATURE_VOCABULARIES["chirality"]))
+    tags = table[_ask(Chem.Atom.GetChiralTag, list(canonical.GetAtoms()), np.int64)]
+    tags[tags == 0] = ATOM_FEATURE_SIZES[1]
+    bonds = list(canonical.GetBonds())
+    begin, end = _ask(Chem.Bond.GetBeginAtomIdx, bonds, np.int64), _ask(Chem.Bond.GetEndAtomIdx, bonds, np.int64)
+    positions = np.arange(len(order))
+    rank, chirality = np.empty_like(positions), np.empty_like(tags)
+    rank[order] = positions
+    chirality[order] = _canonical_chirality(tags, begin, end, positions)
+    return rank, chirality
 
 
 def _count_unknown(
