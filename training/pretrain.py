@@ -288,10 +288,9 @@ def main(argv: list[str] | None = None) -> None:
     def evaluate_and_record(at_step: int) -> None:
         metrics = evaluate(accelerator, model, held_out_batches, settings.seed)
         record(at_step, {f"held_out/{name}": value for name, value in metrics.items()})
-        progress.write(
-            f"step {at_step:>6,} held out: "
-            + ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
-        )
+        if accelerator.is_main_process:
+            titled = ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
+            progress.write(f"step {at_step:>6,} held out: {titled}")
 
     started = time.perf_counter()
     progress = tqdm(
@@ -346,7 +345,6 @@ def main(argv: list[str] | None = None) -> None:
         if step == settings.max_steps:
             break
     progress.close()
-    accelerator.end_training()
 
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(output_dir)
@@ -366,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; its card is README.md."
         )
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
