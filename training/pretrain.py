@@ -139,19 +139,14 @@ def evaluate(
         add("coordinate_denoising_loss", outputs.coordinate_denoising_loss * noisy.sum(), noisy.sum())
         with_pairs = (has_geometry & (atoms.sum(-1) > 1)).sum()
         add("relative_position_loss", outputs.relative_position_loss * with_pairs, with_pairs)
-        for relation, modality, labels, logits in (
-            (
-                "shortest_path",
-                PAIR_SHORTEST_PATH,
-                outputs.shortest_path_labels[..., None],
-                outputs.shortest_path_logits[..., None, :],
-            ),
-            ("bond_path", PAIR_BOND_PATH, outputs.bond_path_labels, outputs.bond_path_logits),
-        ):
+        for relation, modality in (("shortest_path", PAIR_SHORTEST_PATH), ("bond_path", PAIR_BOND_PATH)):
+            shown = (outputs.pair_modality_ids == modality).unsqueeze(
+                -1
+            )  # (B, N, N, 1); a shortest path has one label,
+            labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:3], -1)  # a bond path one for each bond
             known = labels != IGNORED_LABEL
+            right = outputs[f"{relation}_logits"].reshape(*labels.shape, -1).argmax(-1) == labels
             add(f"{relation}_loss", outputs[f"{relation}_loss"] * known.sum(), known.sum())
-            right = logits.argmax(-1) == labels
-            shown = (outputs.pair_modality_ids == modality)[..., None]
             add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
             add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
 
@@ -177,6 +172,27 @@ def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
         "last_step": last["step"],
         "table": [(title, first[name], last[name]) for name, title in measured.items()],
     }
+
+
+def write_folder(
+    output_dir: Path,
+    model: MoleBlendForPreTraining,
+    processor: MoleBlendProcessor,
+    rows: list[dict[str, float]],
+    facts: dict[str, Any],
+) -> None:
+    """Write what the Hub takes: model, code and processor, the card and its picture, settings and versions."""
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    plot_losses(rows, LOSSES, output_dir / "losses.png")
+    (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_card(
+        output_dir / "README.md",
+        model_name=f"MoleBLEND, {output_dir.resolve().name}",
+        config=model.config,
+        results=held_out_results(rows),
+        **facts,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,28 +292,22 @@ def main(argv: list[str] | None = None) -> None:
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
     # A resumed run drops from its logs what was measured after the checkpoint.
-    metrics_file = output_dir / "metrics.jsonl"
-    log = MetricsLog(metrics_file, step) if accelerator.is_main_process else None
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    log = MetricsLog(accelerator, output_dir / "metrics.jsonl", step)
 
-    def record(at_step: int, metrics: dict[str, float]) -> None:
-        accelerator.log(metrics, step=at_step)
-        if log is not None:
-            log.write(at_step, metrics)
-
-    def evaluate_and_record(at_step: int) -> None:
+    def evaluate_and_record() -> None:
         metrics = evaluate(accelerator, model, held_out_batches, settings.seed)
-        record(at_step, {f"held_out/{name}": value for name, value in metrics.items()})
+        log.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
         if accelerator.is_main_process:
             titled = ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
-            progress.write(f"step {at_step:>6,} held out: {titled}")
+            progress.write(f"step {step:>6,} held out: {titled}")
 
     started = time.perf_counter()
     progress = tqdm(
         total=settings.max_steps, initial=step, unit="step", mininterval=1.0, disable=not accelerator.is_main_process
     )
     if checkpoint is None or step == settings.max_steps:
-        evaluate_and_record(step)
+        evaluate_and_record()
     losses, window_steps, window_start = torch.zeros(len(LOSSES), device=accelerator.device), 0, time.perf_counter()
     model.train()
     part = 0
@@ -325,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
             means = accelerator.reduce(losses, "mean") / window_steps
             rate = window_steps * settings.batch_size / (time.perf_counter() - window_start)
             values = dict(zip(LOSSES, means.tolist(), strict=True))
-            record(
+            log.write(
                 step,
                 {f"train/{name}": value for name, value in values.items()}
                 | {"train/learning_rate": scheduler.get_last_lr()[0], "train/molecules_per_second": rate},
@@ -338,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
             window_steps, window_start = 0, time.perf_counter()
         pause = time.perf_counter()
         if step % settings.eval_steps == 0 or step == settings.max_steps:
-            evaluate_and_record(step)
+            evaluate_and_record()
         if step % settings.checkpointing_steps == 0 or step == settings.max_steps:
             save_checkpoint(accelerator, checkpoints, step, settings.that_shape_the_result())
         window_start += time.perf_counter() - pause  # molecules/s is that of training alone
@@ -347,21 +357,10 @@ def main(argv: list[str] | None = None) -> None:
     progress.close()
 
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
-        processor.save_pretrained(output_dir)
-        rows = read_metrics(metrics_file)
-        plot_losses(rows, LOSSES, output_dir / "losses.png")
         facts["seconds"] = time.perf_counter() - started
-        (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        write_card(
-            output_dir / "README.md",
-            model_name=f"MoleBLEND, {output_dir.resolve().name}",
-            config=accelerator.unwrap_model(model).config,
-            results=held_out_results(rows),
-            **facts,
-        )
+        write_folder(output_dir, accelerator.unwrap_model(model), processor, read_metrics(log.path), facts)
         print(
-            f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; its card is README.md."
+            f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
         )
     accelerator.wait_for_everyone()
     accelerator.end_training()

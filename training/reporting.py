@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
@@ -15,18 +16,21 @@ CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md.jinj
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, each with its `step`. A resumed run drops what was written after its checkpoint."""
+    """`metrics.jsonl`, one object a line with its `step`, and Accelerate's trackers; the main process writes."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Keep the lines up to `first_step`."""
-        self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    def __init__(self, accelerator: Accelerator, path: Path, first_step: int) -> None:
+        """Of a file that is there, keep the lines up to `first_step`: a resumed run measures the others again."""
+        self.accelerator, self.path = accelerator, path
+        if accelerator.is_main_process:
+            kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the measurements of a step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.accelerator.log(metrics, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | metrics) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
