@@ -114,11 +114,19 @@ def parse_args(argv: list[str] | None = None) -> PretrainingSettings:
     return load_settings(PretrainingSettings, __doc__, HERE / "configs" / "sample.yaml", argv)
 
 
+def summed_over_processes(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sum of each entry over the processes that have it."""
+    sums: dict[str, np.ndarray] = {}
+    for name, value in gather_object(list(values.items())):
+        sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator, model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], seed: int
 ) -> dict[str, float]:
-    """Each loss, and the share of relations recovered, over all held-out molecules; the same draws at every call.
+    """Each loss, the share of relations recovered and that of the most frequent class; the same draws at every call.
 
     A mean over batches would weigh a pair in a small batch more than one in a large batch: each loss is weighted by the
     number of pairs, bonds, molecules or atoms that it is a mean over.
@@ -126,6 +134,7 @@ def evaluate(
     model.eval()
     generator = torch.Generator(device=accelerator.device)
     totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))  # sum, and of how many
+    frequencies: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))  # of each class
 
     def add(name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         totals[name] += (float(total), float(count))
@@ -140,32 +149,36 @@ def evaluate(
         with_pairs = (has_geometry & (atoms.sum(-1) > 1)).sum()
         add("relative_position_loss", outputs.relative_position_loss * with_pairs, with_pairs)
         for relation, modality in (("shortest_path", PAIR_SHORTEST_PATH), ("bond_path", PAIR_BOND_PATH)):
-            shown = (outputs.pair_modality_ids == modality).unsqueeze(
-                -1
-            )  # (B, N, N, 1); a shortest path has one label,
-            labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:3], -1)  # a bond path one for each bond
+            # A pair has one label for its shortest path and one for each bond along it: (B, N, N, 1 or P).
+            shown = (outputs.pair_modality_ids == modality).unsqueeze(-1)
+            labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:-1], -1)
+            logits = outputs[f"{relation}_logits"].reshape(*labels.shape, -1)
             known = labels != IGNORED_LABEL
-            right = outputs[f"{relation}_logits"].reshape(*labels.shape, -1).argmax(-1) == labels
+            right = logits.argmax(-1) == labels
             add(f"{relation}_loss", outputs[f"{relation}_loss"] * known.sum(), known.sum())
             add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
             add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
+            frequency = torch.bincount(labels[known], minlength=logits.shape[-1]).cpu().numpy()
+            frequencies[relation] = frequencies[relation] + frequency
 
     model.train()
-    overall: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
-    for name, total in gather_object(list(totals.items())):
-        overall[name] += total
-    return {name: float(total / count) for name, (total, count) in overall.items() if count}
+    metrics = {name: total / count for name, (total, count) in summed_over_processes(totals).items() if count}
+    for relation, frequency in summed_over_processes(frequencies).items():
+        if frequency.any():
+            metrics[f"{relation}_most_frequent"] = frequency.max() / frequency.sum()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
     """First and last evaluation among the lines of metrics.jsonl, as the card's table needs them."""
     evaluations = [row for row in rows if any(name.startswith("held_out/") for name in row)]
     first, last = evaluations[0], evaluations[-1]
-    titles = {name: f"{title}, loss" for name, title in LOSSES.items()} | {
-        f"{relation}_recovered_{seen}": f"{LOSSES[f'{relation}_loss']}, recovered where {seen}"
-        for relation in ("shortest_path", "bond_path")
-        for seen in ("shown", "hidden")
-    }
+    titles = {name: f"{title}: loss" for name, title in LOSSES.items()}
+    for relation in ("shortest_path", "bond_path"):
+        title = LOSSES[f"{relation}_loss"]
+        titles[f"{relation}_recovered_shown"] = f"{title}: recovered where shown"
+        titles[f"{relation}_recovered_hidden"] = f"{title}: recovered where hidden"
+        titles[f"{relation}_most_frequent"] = f"{title}: share of the most frequent class"
     measured = {f"held_out/{name}": title for name, title in titles.items() if f"held_out/{name}" in last}
     return {
         "first_step": first["step"],
@@ -271,16 +284,15 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator(device=accelerator.device)
 
     facts: dict[str, Any] = {
-        "command": shlex.join(
-            ["accelerate", "launch", "training/pretrain.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": "accelerate launch training/pretrain.py " + shlex.join(sys.argv[1:] if argv is None else argv),
         "settings": dataclasses.asdict(settings),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_training": len(training_rows),
         "num_held_out": len(held_out_rows),
         "num_with_coordinates": sum(coordinates is not None for coordinates in molecules.coordinates),
         "num_processes": accelerator.num_processes,
-        "environment": environment(str(accelerator.device)),
+        "first_step": step,
+        "environment": environment(accelerator.device),
     }
     accelerator.print(
         f"{settings.description or 'Pretraining'}\n"
@@ -340,10 +352,8 @@ def main(argv: list[str] | None = None) -> None:
                 {f"train/{name}": value for name, value in values.items()}
                 | {"train/learning_rate": scheduler.get_last_lr()[0], "train/molecules_per_second": rate},
             )
-            progress.set_postfix_str(
-                f"{rate:.0f} molecules/s, "
-                + ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
-            )
+            titled = ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
+            progress.set_postfix_str(f"{rate:.0f} molecules/s, {titled}")
             losses.zero_()
             window_steps, window_start = 0, time.perf_counter()
         pause = time.perf_counter()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
@@ -51,14 +52,15 @@ def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path
     figure.savefig(path, dpi=110)
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and, where the code lies in a git repository, the commit and whether files differ from it."""
     packages = ("moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit")
     return {
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages},
         "platform": platform.platform(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
