@@ -1,4 +1,4 @@
-# Copyright 2026 The moleblend_hf authors. All rights reserved.
+# Copyright 2026 The moleblend_hf authors.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -14,7 +14,7 @@
 """Processor for MoleBLEND: molecules in, one padded batch out."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
@@ -24,14 +24,12 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 from transformers.utils import auto_docstring
 
-from .featurization_moleblend import (
+from .featurization_moleblend import MolecularGraph, featurize_molecule, featurize_molecules
+from .molecules_moleblend import (
     FeaturizationSettings,
-    MolecularGraph,
     MoleculeError,
     RejectedMolecule,
     describe_molecule,
-    featurize_molecule,
-    featurize_molecules,
     require_rdkit,
 )
 
@@ -246,20 +244,14 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         sizes = np.array([graph.num_atoms for graph in graphs])
         is_atom = np.arange(sizes.max()) < sizes[:, None]  # (B, N)
         data = {
-            "atom_features": _scatter([graph.atom_features for graph in graphs], is_atom, np.int64),
+            "atom_features": _padded([graph.atom_features for graph in graphs], 1, np.int64),
             "attention_mask": is_atom.astype(np.int64),
         }
         if modality != "3d":
             self._check_bonds(graphs)
-            is_pair = is_atom[:, :, None] & is_atom[:, None, :]
-            data["degree"] = _scatter([graph.degree for graph in graphs], is_atom, np.int64)
-            data["shortest_path_distance"] = _scatter(
-                [graph.shortest_path_distance.reshape(-1) for graph in graphs], is_pair, np.int64
-            )
-            num_hops = graphs[0].path_bond_types.shape[-1]
-            data["path_bond_types"] = _scatter(
-                [graph.path_bond_types.reshape(-1, num_hops) for graph in graphs], is_pair, np.int64
-            )
+            data["degree"] = _padded([graph.degree for graph in graphs], 1, np.int64)
+            data["shortest_path_distance"] = _padded([graph.shortest_path_distance for graph in graphs], 2, np.int64)
+            data["path_bond_types"] = _padded([graph.path_bond_types for graph in graphs], 2, np.int64)
         if modality != "2d":
             has_3d = np.array([len(graph.coordinates) > 0 for graph in graphs])
             if modality == "3d" and not has_3d.all():
@@ -268,8 +260,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
                     "modality='3d' or give it coordinates."
                 )
             if has_3d.any():
-                chosen = _chosen_conformers(graphs, has_3d, conformer_index)
-                data["coordinates"] = _scatter(chosen, is_atom & has_3d[:, None], np.float32)
+                data["coordinates"] = _padded(_chosen_conformers(graphs, conformer_index), 1, np.float32)
                 data["coordinates_mask"] = has_3d
         if labels is not None:
             data["labels"] = _label_array(labels, len(graphs))
@@ -371,28 +362,29 @@ def _featurize_chunks(
             yield from results
 
 
-def _scatter(arrays: Iterable[np.ndarray], where: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns zeros of shape `where.shape + tail` with the rows of all arrays, in order, where `where` is True."""
-    flat = np.concatenate(list(arrays))
-    padded = np.zeros(where.shape + flat.shape[1:], dtype=dtype)
-    padded[where] = flat
+def _padded(arrays: Sequence[np.ndarray], num_atom_axes: int, dtype: Any) -> np.ndarray:
+    """Returns arrays as one, padded with zeros in their first one (atoms) or two (pairs of atoms) axes."""
+    width = max(len(array) for array in arrays)
+    padded = np.zeros((len(arrays), *[width] * num_atom_axes, *arrays[0].shape[num_atom_axes:]), dtype=dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[tuple(map(slice, array.shape[:num_atom_axes]))] = array
     return padded
 
 
-def _chosen_conformers(
-    graphs: Sequence[MolecularGraph], has_3d: np.ndarray, conformer_index: int | Sequence[int]
-) -> list[np.ndarray]:
-    """Returns the (n, 3) coordinates of the graphs that have any."""
-    indices = np.broadcast_to(np.asarray(conformer_index), len(graphs))
+def _chosen_conformers(graphs: Sequence[MolecularGraph], conformer_index: int | Sequence[int]) -> list[np.ndarray]:
+    """Returns (n, 3) coordinates for each graph, zeros for those that have none."""
     chosen = []
-    for position in np.flatnonzero(has_3d):
-        conformers, index = graphs[position].coordinates, indices[position]
-        if not 0 <= index < len(conformers):
+    for position, index in enumerate(np.broadcast_to(np.asarray(conformer_index), len(graphs))):
+        conformers = graphs[position].coordinates
+        if len(conformers) == 0:
+            chosen.append(np.zeros(conformers.shape[1:], dtype=np.float32))
+        elif 0 <= index < len(conformers):
+            chosen.append(conformers[index])
+        else:
             raise ValueError(
                 f"`conformer_index` is {index} for graph {position}, which has {len(conformers)} conformers. Pass an "
-                f"index below that."
+                "index below that."
             )
-        chosen.append(conformers[index])
     return chosen
 
 
