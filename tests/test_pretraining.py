@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def test_the_saved_folder_loads_and_computes_what_was_trained(finished_run, data
     saved = load_file(finished_run / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+def python_block(document: Path) -> str:
+    return re.search(r"```python\n(.*?)```", document.read_text(), re.DOTALL).group(1)
+
+
+def test_the_readmes_example_runs_on_the_folder(finished_run):
+    names: dict = {}
+    exec(python_block(TRAINING.parent / "README.md").replace("outputs/pretrain", str(finished_run)), names)
+    assert names["embeddings"].shape == (2, 16)
+
+
+def test_the_cards_example_runs_in_a_process_that_does_not_import_the_package(finished_run):
+    code = python_block(finished_run / "README.md").replace("path/to/this/folder", str(finished_run))
+    code += "import sys; assert 'moleblend_hf' not in sys.modules; print(tuple(molecule_embeddings.shape))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "(2, 16)\n", result.stderr[-3000:]
 
 
 def test_a_resumed_run_ends_in_the_same_weights_and_log_bit_for_bit(finished_run, dataset, tmp_path):
