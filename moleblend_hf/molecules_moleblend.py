@@ -35,6 +35,7 @@ except ImportError:
     Chem = None
 
 MIN_ATOM_SEPARATION = 1e-4  # angstrom; closer atoms are taken for missing coordinates
+FRAGMENT_GAP = 3.0  # angstrom; between the fragments of an embedded salt, before MMFF
 HYDROGENS = ("drop", "keep", "add")
 MODALITIES = ("auto", "2d", "3d", "2d+3d")
 BONDS = (None, "determine")
@@ -222,15 +223,16 @@ def _call_with(function: Any, second: Any, first: Any) -> Any:
 
 def _captured_reason(function: Any, *arguments: Any) -> str:
     """Returns the first line that RDKit logs while the function fails on these arguments."""
-    if not hasattr(rdBase, "CaptureErrorLog"):  # older RDKit
+    if not hasattr(rdBase, "CaptureErrorLog"):  # RDKit before 2026
         return "see RDKit's log"
     with rdBase.CaptureErrorLog() as capture:
         function(*arguments)
-    for line in capture.messages.splitlines():
-        line = re.sub(r"^\[[\d:]+\] *(\w+ Parse Error: )?", "", line).strip()
-        if line:
-            return re.sub(r"( while parsing| for input)?: ?'?.{60,}$", "", line)[:200]
-    return "no reason given"
+    lines = [
+        re.sub(r"^(\[[\d:]+\])? *(ERROR:|\w+ Parse Error:)? *", "", line) for line in capture.messages.splitlines()
+    ]
+    reasons = [line.strip() for line in lines if re.search("[a-z]", line)]
+    # The input itself is named elsewhere.
+    return re.sub(r"( while parsing| for input): .*$", "", reasons[0])[:200] if reasons else "no reason given"
 
 
 def _parse_mol(mol: "Chem.Mol", given: Any, settings: FeaturizationSettings) -> ParsedMolecule:
@@ -426,8 +428,11 @@ def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.
             rdDistGeom.EmbedMultipleConfs(canonical, settings.num_conformers, params)
         if canonical.GetNumConformers() == 0:
             raise _no_conformer("ETKDG found no geometry")
-        if rdForceFieldHelpers.MMFFHasAllMoleculeParams(canonical):
-            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(canonical, maxIters=settings.max_mmff_iterations)
+        _separate_fragments(canonical)
+        if settings.max_mmff_iterations and rdForceFieldHelpers.MMFFHasAllMoleculeParams(canonical):
+            rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(
+                canonical, maxIters=settings.max_mmff_iterations, ignoreInterfragInteractions=False
+            )
     except RDKIT_ERRORS as error:
         if isinstance(error, MoleculeError):
             raise
@@ -440,6 +445,20 @@ def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.
     except MoleculeError as error:
         raise _no_conformer(f"the embedded geometry {error.reason}") from error
     return coordinates
+
+
+def _separate_fragments(mol: "Chem.Mol") -> None:
+    """Moves the fragments of each conformer into a row: ETKDG leaves the ions of a salt in one place."""
+    fragments = Chem.GetMolFrags(mol)
+    if len(fragments) == 1:
+        return
+    for conformer in mol.GetConformers():
+        positions = conformer.GetPositions()
+        start = 0.0
+        for atoms in map(list, fragments):
+            positions[atoms, 0] += start - positions[atoms, 0].min()
+            start = positions[atoms, 0].max() + FRAGMENT_GAP
+        conformer.SetPositions(positions)
 
 
 def _no_conformer(reason: str) -> MoleculeError:
