@@ -1,6 +1,6 @@
-"""Pretrain MoleBLEND by blending, on one process or many, and write a folder that the Hub can take as it is.
+r"""Pretrain MoleBLEND by blending, on one process or many, and write a folder that the Hub can take as it is.
 
-One minute on CPU      accelerate launch --cpu training/pretrain.py --max_steps 100
+One minute on CPU      accelerate launch --cpu training/pretrain.py --max_steps 800
 Two minutes on CPU     accelerate launch training/pretrain.py
 One GPU                accelerate launch --num_processes 1 --mixed_precision bf16 training/pretrain.py \
                            --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
@@ -55,7 +55,7 @@ class PretrainingSettings:
     """Settings of a pretraining run; the four without a default make the recipe and stand in its YAML file."""
 
     description: str = setting("run", "what this recipe is and how long it takes; printed before it starts", "")
-    output_dir: str = setting("run", "where everything is written (default: outputs/pretrain)", "outputs/pretrain")
+    output_dir: str = setting("run", "where everything is written", "outputs/pretrain")
     resume: str | None = setting("run", "checkpoint folder, or auto: the newest in OUTPUT_DIR/checkpoints", None)
     overwrite: bool = setting("run", "start anew in an OUTPUT_DIR with checkpoints, deleting them", False)
     logging_steps: int = setting("run", "optimizer steps between lines of training losses", 10)
@@ -64,7 +64,7 @@ class PretrainingSettings:
     num_proc: int = setting("run", "processes that featurize the dataset", 1)
 
     dataset: str | None = setting(
-        "data", "folder of Parquet files (default: the sample)", os.path.relpath(HERE / "sample")
+        "data", "folder of Parquet files with the columns of training/sample", os.path.relpath(HERE / "sample")
     )
     held_out_molecules: int = setting("data", "molecules held out for evaluation", 200)
     eval_batch_size: int = setting("data", "held-out molecules in a batch; their draws depend on it", 64)
@@ -83,7 +83,7 @@ class PretrainingSettings:
     weight_decay: float = setting("optimization", "AdamW's decoupled weight decay", 0.0)
     max_grad_norm: float = setting("optimization", "clip the gradient to this norm", 5.0)
     mixed_precision: str | None = setting(
-        "optimization", "arithmetic (default: what accelerate launch says)", None, choices=("no", "fp16", "bf16")
+        "optimization", "arithmetic; left out, what accelerate launch says", None, choices=("no", "fp16", "bf16")
     )
     seed: int = setting("optimization", "seed of weights, batch order, draws and dropout", 0)
 

@@ -46,7 +46,7 @@ def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path
         for prefix, label, style in (("train", "training", {"alpha": 0.5}), ("held_out", "held out", {"marker": "o"})):
             points = [(row["step"], row[f"{prefix}/{name}"]) for row in rows if f"{prefix}/{name}" in row]
             axes.plot(*zip(*points, strict=True), label=label, **style) if points else None
-        axes.set(title=title, xlabel="optimizer steps")
+        axes.set(title=title, xlabel="optimizer steps", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

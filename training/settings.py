@@ -31,15 +31,20 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     hints = get_type_hints(settings_class)
     groups: dict[str, Any] = {}
     for name, field in fields.items():
-        group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
-        options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = "from the file" if _is_required(field) else field.default
+        has_default = default not in (None, "", dataclasses.MISSING)
+        text = field.metadata["help"] + (f" (default: {default})" if has_default else "")
+        options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if hints[name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[name]) is dict:
             options |= {"nargs": "+", "metavar": "KEY=VALUE"}
         else:
             options |= {"metavar": name.rsplit("_", 1)[-1].upper(), "choices": field.metadata["choices"]}
-        group.add_argument(f"--{name}", **options)
+        groups[group].add_argument(f"--{name}", **options)
     flags = vars(parser.parse_args(argv))
     path: Path = flags.pop("config")
 
