@@ -435,7 +435,7 @@ def _count_unknown(
 # Pairs of atoms
 
 
-def _assemble(parsed: list[ParsedMolecule], flat: _FlatMolecules, max_path_bonds: int) -> list[MolecularGraph]:
+def _assemble(parsed: list[ParsedMolecule], flat: _FlatMolecules, max_path_bonds: int) -> list[Any]:
     """Cuts the flat arrays into graphs; pairs are worked out for molecules of like size together."""
     atom_stop, bond_stop = np.cumsum(flat.num_atoms), np.cumsum(flat.num_bonds)
     graphs: list[Any] = [None] * len(parsed)
@@ -541,11 +541,12 @@ def shortest_paths(bonded: np.ndarray, num_inner: int | None = None) -> tuple[np
         next_atom: (B, N, N), the atom after i on the path from i to j; i itself if there is none.
     """
     width = bonded.shape[-1]
+    dtype: Any
     dtype, shift = (np.uint16, 8) if width < 128 else (np.uint32, 16)
     candidate_bit = dtype(1 << (shift - 1))
     infinite = (1 << (shift - 1)) - 1  # twice this still fits
     atoms = np.arange(width, dtype=dtype)
-    packed = np.where(bonded, dtype(1 << shift) | atoms, dtype(infinite << shift) | atoms[:, None])
+    packed: np.ndarray = np.where(bonded, dtype(1 << shift) | atoms, dtype(infinite << shift) | atoms[:, None])
     packed[:, atoms, atoms] = atoms
     distance_bits = ~dtype((1 << shift) - 1)
     candidate = np.empty_like(packed)

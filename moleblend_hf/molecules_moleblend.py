@@ -72,7 +72,7 @@ class MoleculeError(ValueError):
 class RejectedMolecule(NamedTuple):
     """A molecule that did not make it into the batch, or did so without 3D, and why."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index
     molecule: Any
     stage: str
     reason: str
@@ -95,7 +95,7 @@ class FeaturizationSettings:
     max_mmff_iterations: int = 200
     max_bond_order_iterations: int = 10_000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (("modality", MODALITIES), ("hydrogens", HYDROGENS), ("bonds", BONDS)):
             value = getattr(self, name)
             if value not in allowed:
@@ -227,12 +227,19 @@ def _captured_reason(function: Any, *arguments: Any) -> str:
         return "see RDKit's log"
     with rdBase.CaptureErrorLog() as capture:
         function(*arguments)
-    lines = [
-        re.sub(r"^(\[[\d:]+\])? *(ERROR:|\w+ Parse Error:)? *", "", line) for line in capture.messages.splitlines()
-    ]
-    reasons = [line.strip() for line in lines if re.search("[a-z]", line)]
     # The input itself is named elsewhere.
-    return re.sub(r"( while parsing| for input): .*$", "", reasons[0])[:200] if reasons else "no reason given"
+    return re.sub(r"( while parsing| for input): .*$", "", _telling_line(capture.messages))
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an RDKit exception says, in a line."""
+    return _telling_line(str(error))
+
+
+def _telling_line(text: str) -> str:
+    lines = [re.sub(r"^(\[[\d:]+\])? *(ERROR:|\w+ Parse Error:)? *", "", line).strip() for line in text.splitlines()]
+    telling = [line for line in lines if re.search("[a-z]", line) and "Violation" not in line]
+    return (telling or lines or ["no reason given"])[0][:200]
 
 
 def _parse_mol(mol: "Chem.Mol", given: Any, settings: FeaturizationSettings) -> ParsedMolecule:
@@ -249,6 +256,7 @@ def _parse_mol(mol: "Chem.Mol", given: Any, settings: FeaturizationSettings) -> 
         elif settings.hydrogens == "keep":
             raise _wrong_count(given, mol)
     try:
+        Chem.SetDoubleBondNeighborDirections(mol)  # else cis and trans that were set by hand are lost below
         Chem.SanitizeMol(mol)
         if settings.hydrogens == "drop":
             mol = Chem.RemoveHs(mol)
@@ -322,11 +330,6 @@ def _conformer(positions: np.ndarray) -> "Chem.Conformer":
     conformer.Set3D(True)
     conformer.SetPositions(np.ascontiguousarray(positions, dtype=np.float64))
     return conformer
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 # Coordinates
