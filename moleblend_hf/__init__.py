@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from .configuration_moleblend import MoleBlendConfig
-from .featurization_moleblend import MolecularGraph, MoleculeError, read_sdf
+from .featurization_moleblend import MolecularGraph
 from .modeling_moleblend import (
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
     MoleBlendModel,
     MoleBlendPreTrainedModel,
 )
+from .molecules_moleblend import MoleculeError, read_sdf
 from .processing_moleblend import MoleBlendProcessor
 
 AutoConfig.register("moleblend", MoleBlendConfig)

@@ -14,7 +14,7 @@
 """MoleBLEND model configuration."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -132,8 +132,8 @@ class MoleBlendConfig(PreTrainedConfig):
     num_distance_kernels: int = 128
     distance_feature_scale: float | int = 0.01
 
-    blend_probabilities: list[float] | tuple[float, ...] = (0.2, 0.2, 0.6)
-    atom_blend_probabilities: list[float] | tuple[float, ...] = (0.4, 0.6)
+    blend_probabilities: list[float | int] | tuple[float | int, ...] = (0.2, 0.2, 0.6)
+    atom_blend_probabilities: list[float | int] | tuple[float | int, ...] = (0.4, 0.6)
     blend_per_molecule: bool = True
     noise_std: float | int = 0.2
     pair_head_size: int = 32
@@ -141,15 +141,15 @@ class MoleBlendConfig(PreTrainedConfig):
     bond_class_sizes: list[int] | tuple[int, ...] = (4, 3, 2)
     relative_position_hidden_size: int = 256
     relative_position_target: Literal["direction", "distance"] = "direction"
-    loss_weights: list[float] | tuple[float, ...] = (0.1, 0.1, 0.5, 6.0)
+    loss_weights: list[float | int] | tuple[float | int, ...] = (0.1, 0.1, 0.5, 6.0)
 
     readout: Literal["graph_token", "mean", "sum"] = "graph_token"
     classifier_dropout: float | int = 0.0
-    target_means: list[float] | tuple[float, ...] | None = None
-    target_stds: list[float] | tuple[float, ...] | None = None
+    target_means: list[float | int] | tuple[float | int, ...] | None = None
+    target_stds: list[float | int] | tuple[float | int, ...] | None = None
     target_units: list[str] | tuple[str, ...] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # JSON has no tuples: a saved and reloaded config compares equal to the one that was saved.
         for name, value in vars(self).items():
             if isinstance(value, tuple):
@@ -169,7 +169,7 @@ class MoleBlendConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: raises `ValueError` for values that make no sense, with the remedy."""
         for name in (
             "hidden_size",
@@ -235,7 +235,7 @@ class MoleBlendConfig(PreTrainedConfig):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_labels:
                 raise ValueError(f"`{name}` has {len(values)} entries for {self.num_labels} labels; give one a label.")
-        if self.target_stds is not None:
+        if self.target_means is not None and self.target_stds is not None:
             if not all(math.isfinite(mean) for mean in self.target_means):
                 raise ValueError(f"`target_means` is {list(self.target_means)}; each must be finite.")
             if not all(0 < std < math.inf for std in self.target_stds):

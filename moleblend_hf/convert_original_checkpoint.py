@@ -22,7 +22,9 @@ dropped for a stated reason; a key that is not known is an error.
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -76,7 +78,7 @@ class _OriginalState:
         }
 
 
-def _select_rows(table: torch.Tensor, sizes: list[int], offset: int) -> torch.Tensor:
+def _select_rows(table: torch.Tensor, sizes: Sequence[int], offset: int) -> torch.Tensor:
     """The rows of a table with one block of `FEATURE_STRIDE` rows a feature that stand for a value of a vocabulary."""
     index = [offset + FEATURE_STRIDE * feature + value for feature, size in enumerate(sizes) for value in range(size)]
     return table[index]
@@ -84,14 +86,18 @@ def _select_rows(table: torch.Tensor, sizes: list[int], offset: int) -> torch.Te
 
 def _encoder(state: _OriginalState, config: MoleBlendConfig) -> dict[str, torch.Tensor]:
     atoms = state.take(ENCODER + "atom_feature.atom_encoder.weight")
-    degrees = sum(state.take(ENCODER + f"atom_feature.{kind}_degree_encoder.weight") for kind in ("in", "out"))
+    in_degrees, out_degrees = (
+        state.take(ENCODER + f"atom_feature.{kind}_degree_encoder.weight") for kind in ("in", "out")
+    )
     converted = {
         "graph_token": state.take(ENCODER + "atom_feature.graph_token.weight").flatten(),
         "embeddings.atom_embedding.weight": torch.cat(
             [torch.zeros(1, config.hidden_size), _select_rows(atoms, config.atom_vocabulary_sizes, ATOM_OFFSET)]
         ),
         # The original adds two tables indexed by one number.
-        "embeddings.degree_embedding.weight": degrees[DEGREE_OFFSET : DEGREE_OFFSET + config.num_degrees],
+        "embeddings.degree_embedding.weight": (in_degrees + out_degrees)[
+            DEGREE_OFFSET : DEGREE_OFFSET + config.num_degrees
+        ],
         **state.take_layer(ENCODER + "emb_layer_norm", "embedding_norm"),
     }
     num_heads = config.num_attention_heads
@@ -177,7 +183,7 @@ def convert_state(tensors: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, di
     layers = {int(match[1]) for name in tensors if (match := re.match(re.escape(ENCODER) + r"layers\.(\d+)\.", name))}
     hidden_size = shape(ENCODER + "emb_layer_norm.weight")[0]
     num_distances, num_heads = shape(ENCODER + "molecule_attn_bias.spatial_pos_encoder.weight")
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": hidden_size,
         "intermediate_size": shape(ENCODER + "layers.0.fc1.weight")[0],
         "num_hidden_layers": len(layers),

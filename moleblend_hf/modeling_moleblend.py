@@ -22,6 +22,7 @@ shaped as the processor returns them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,13 +38,20 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .blending_moleblend import (
+    ATOM_DEGREE,
+    ATOM_DISTANCE,
+    IGNORED_LABEL,
+    PAIR_BOND_PATH,
+    PAIR_DISTANCE,
+    PAIR_SHORTEST_PATH,
+    bond_path_labels,
+    draw_atom_modalities,
+    draw_pair_modalities,
+    shortest_path_labels,
+)
 from .configuration_moleblend import MoleBlendConfig
 
-# Values of `pair_modality_ids`: the relation that a pair of atoms shows.
-PAIR_SHORTEST_PATH, PAIR_BOND_PATH, PAIR_DISTANCE = 0, 1, 2
-# Values of `atom_modality_ids`: the feature that an atom shows.
-ATOM_DEGREE, ATOM_DISTANCE = 0, 1
-IGNORED_LABEL = -100
 # PARITY: the original writes pi as 3.14159 (molecule_encoder_layers.py, `gaussian`).
 GAUSSIAN_PI = 3.14159
 # Added to each kernel's width, and to a distance before dividing by it.
@@ -148,11 +156,10 @@ class MoleBlendEmbeddings(nn.Module):
 
     def __init__(self, config: MoleBlendConfig):
         super().__init__()
-        sizes = torch.tensor(config.atom_vocabulary_sizes)
         self.atom_vocabulary_sizes = tuple(config.atom_vocabulary_sizes)
-        # Row 0 is padding; the rows of feature f start at offset f.
-        self.atom_offsets = tuple((sizes.cumsum(0) - sizes).tolist())
-        self.atom_embedding = nn.Embedding(int(sizes.sum()) + 1, config.hidden_size, padding_idx=0)
+        # Row 0 is padding; the values of feature f take the rows after offset f.
+        self.atom_offsets = tuple(accumulate(self.atom_vocabulary_sizes[:-1], initial=0))
+        self.atom_embedding = nn.Embedding(1 + sum(self.atom_vocabulary_sizes), config.hidden_size, padding_idx=0)
         self.degree_embedding = nn.Embedding(config.num_degrees, config.hidden_size)
 
     def forward(self, atom_features: torch.Tensor) -> torch.Tensor:
@@ -351,7 +358,6 @@ class MoleBlendPreTrainedModel(PreTrainedModel):
     config: MoleBlendConfig
     base_model_prefix = "moleblend"
     main_input_name = "atom_features"
-    input_modalities = ("molecule",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoleBlendLayer"]
     _supports_sdpa = True
@@ -359,10 +365,11 @@ class MoleBlendPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"attentions": OutputRecorder(MoleBlendAttention, index=1)}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, MoleBlendGaussianDistanceEmbedding):
+            # CODEPATH: "uniform" trains new checkpoints; "normal" is how the original's released ones began.
             if self.config.gaussian_initialization == "uniform":
                 init.uniform_(module.means, 0, 3)
                 init.uniform_(module.stds, 0, 3)
@@ -396,13 +403,14 @@ class MoleBlendModelOutput(ModelOutput):
             `output_attention_bias=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    attention_bias: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    attention_bias: torch.Tensor | None = None
 
 
+@auto_docstring(custom_intro="Output of [`MoleBlendModel.embed`].")
 @dataclass
 class MoleBlendEmbeddingsOutput(ModelOutput):
     r"""
@@ -413,8 +421,8 @@ class MoleBlendEmbeddingsOutput(ModelOutput):
             For each molecule, the states of its atoms `(num_atoms, hidden_size)`, in the molecule's own atom order.
     """
 
-    molecule_embeddings: torch.FloatTensor | None = None
-    atom_embeddings: list[torch.FloatTensor] | None = None
+    molecule_embeddings: torch.Tensor | None = None
+    atom_embeddings: list[torch.Tensor] | None = None
 
 
 @auto_docstring
@@ -437,8 +445,8 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.atom_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.embeddings.atom_embedding = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.add_module("atom_embedding", value)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -455,16 +463,15 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
     )
     def forward(
         self,
-        atom_features: torch.LongTensor,
+        atom_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        degree: torch.LongTensor | None = None,
-        shortest_path_distance: torch.LongTensor | None = None,
-        path_bond_types: torch.LongTensor | None = None,
-        coordinates: torch.FloatTensor | None = None,
-        coordinates_mask: torch.BoolTensor | None = None,
-        pair_modality_ids: torch.LongTensor | None = None,
-        atom_modality_ids: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
+        degree: torch.Tensor | None = None,
+        shortest_path_distance: torch.Tensor | None = None,
+        path_bond_types: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        coordinates_mask: torch.Tensor | None = None,
+        pair_modality_ids: torch.Tensor | None = None,
+        atom_modality_ids: torch.Tensor | None = None,
         output_attention_bias: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendModelOutput:
@@ -502,8 +509,8 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
                     f"`{name}` has shape {tuple(tensor.shape)}; expected {shape} to go with `atom_features`. Pad molecules "
                     "together, with the processor of this checkpoint."
                 )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        # The layers work on rows, so their hooks cannot record padded states; they are put back here.
+        output_hidden_states = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
 
         # Which atoms, tokens and pairs are real, and which pairs have a distance.
         atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
@@ -517,9 +524,8 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
 
         # Atoms and pairs, one relation after the other; each term is computed only where it is shown.
         atom_states = self.embeddings(atom_features)  # (B, N, D)
-        pair_bias = torch.zeros(
-            *pair_mask.shape, self.config.num_attention_heads, device=atom_features.device
-        )  # (B, N, N, H)
+        num_heads = self.config.num_attention_heads
+        pair_bias = torch.zeros(*pair_mask.shape, num_heads, device=atom_features.device)  # (B, N, N, H)
         if degree is not None:
             degree_states = self.embeddings.embed_degree(degree)
             if atom_modality_ids is not None:
@@ -553,16 +559,17 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         graph_token = self.graph_token.expand(batch_size, 1, -1)
         hidden_states = self.embedding_norm(tokens.take(torch.cat([graph_token, atom_states], dim=1)))
         hidden_states = self.embedding_dropout(hidden_states)
-        all_hidden_states = [hidden_states]
+        all_hidden_states = [tokens.put(hidden_states)] if output_hidden_states else []
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_bias, tokens, **kwargs)
-            all_hidden_states.append(hidden_states)
+            if output_hidden_states:
+                all_hidden_states.append(tokens.put(hidden_states))
 
         last_hidden_state = tokens.put(hidden_states)
         return MoleBlendModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state[:, 0],
-            hidden_states=tuple(tokens.put(rows) for rows in all_hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(all_hidden_states) or None,
             attention_bias=attention_bias if output_attention_bias else None,
         )
 
@@ -641,7 +648,8 @@ class MoleBlendOuterProductPairHead(nn.Module):
 
     def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` to `(B, N, N, num_classes)`."""
-        return pair_products(*self.projection(atom_states), self.out_proj.weight, self.out_proj.bias)
+        first, second = self.projection(atom_states)
+        return pair_products(first, second, self.out_proj.weight, self.out_proj.bias)
 
 
 class MoleBlendRelativePositionHead(nn.Module):
@@ -651,15 +659,16 @@ class MoleBlendRelativePositionHead(nn.Module):
         super().__init__()
         self.projection = MoleBlendPairProjection(config)
         self.dense = nn.Linear(config.pair_head_size**2, config.relative_position_hidden_size)
-        self.out_proj = nn.Linear(
-            config.relative_position_hidden_size, 3 if config.relative_position_target == "direction" else 1
-        )
+        # CODEPATH: "direction" is the paper's and the original's checkpoints; "distance" is an ablation.
+        num_outputs = 3 if config.relative_position_target == "direction" else 1
+        self.out_proj = nn.Linear(config.relative_position_hidden_size, num_outputs)
 
     def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` to `(B, N, N, 3)` (direction) or `(B, N, N, 1)` (distance in angstrom)."""
         weight = self.out_proj.weight @ self.dense.weight
         bias = self.out_proj(self.dense.bias)
-        return pair_products(*self.projection(atom_states), weight, bias)
+        first, second = self.projection(atom_states)
+        return pair_products(first, second, weight, bias)
 
 
 class MoleBlendCoordinateDenoisingHead(nn.Module):
@@ -742,23 +751,23 @@ class MoleBlendForPreTrainingOutput(ModelOutput):
             Attention probabilities of each layer.
     """
 
-    loss: torch.FloatTensor | None = None
-    shortest_path_loss: torch.FloatTensor | None = None
-    bond_path_loss: torch.FloatTensor | None = None
-    relative_position_loss: torch.FloatTensor | None = None
-    coordinate_denoising_loss: torch.FloatTensor | None = None
-    shortest_path_logits: torch.FloatTensor | None = None
-    bond_path_logits: torch.FloatTensor | None = None
-    predicted_relative_positions: torch.FloatTensor | None = None
-    predicted_coordinate_noise: torch.FloatTensor | None = None
-    shortest_path_labels: torch.LongTensor | None = None
-    bond_path_labels: torch.LongTensor | None = None
-    num_unclassified_bonds: torch.LongTensor | None = None
-    pair_modality_ids: torch.LongTensor | None = None
-    atom_modality_ids: torch.LongTensor | None = None
-    coordinate_noise: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    shortest_path_loss: torch.Tensor | None = None
+    bond_path_loss: torch.Tensor | None = None
+    relative_position_loss: torch.Tensor | None = None
+    coordinate_denoising_loss: torch.Tensor | None = None
+    shortest_path_logits: torch.Tensor | None = None
+    bond_path_logits: torch.Tensor | None = None
+    predicted_relative_positions: torch.Tensor | None = None
+    predicted_coordinate_noise: torch.Tensor | None = None
+    shortest_path_labels: torch.Tensor | None = None
+    bond_path_labels: torch.Tensor | None = None
+    num_unclassified_bonds: torch.Tensor | None = None
+    pair_modality_ids: torch.Tensor | None = None
+    atom_modality_ids: torch.Tensor | None = None
+    coordinate_noise: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring(
@@ -779,54 +788,6 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         self.coordinate_denoising_head = MoleBlendCoordinateDenoisingHead(config)
         self.post_init()
 
-    def _draw_pair_modalities(
-        self, available: torch.Tensor, num_atoms: int, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """`available (B, 3)`, which relations a molecule has, to `(B, N, N)`; probabilities are renormalised over them."""
-        probabilities = available * available.new_tensor(self.config.blend_probabilities, dtype=torch.float32)
-        cumulative = probabilities.cumsum(-1)
-        draws = torch.rand(
-            available.shape[0] if self.config.blend_per_molecule else 1,
-            num_atoms,
-            num_atoms,
-            device=available.device,
-            generator=generator,
-        )
-        # Draws lie in [0, total): the first relation whose cumulative probability exceeds the draw.
-        draws = draws * cumulative[:, -1, None, None]
-        return (draws.unsqueeze(-1) >= cumulative[:, None, None, :]).sum(-1).clamp(max=PAIR_DISTANCE)
-
-    def _draw_atom_modalities(
-        self, available: torch.Tensor, num_atoms: int, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """`available (B, 2)`, which features the atoms of a molecule have, to `(B, N)`."""
-        probabilities = available * available.new_tensor(self.config.atom_blend_probabilities, dtype=torch.float32)
-        degree, distance = probabilities.unsqueeze(1).unbind(-1)  # (B, 1) each
-        draws = torch.rand(available.shape[0], num_atoms, device=available.device, generator=generator)
-        return (draws * (degree + distance) >= degree).long()
-
-    def _shortest_path_labels(self, shortest_path_distance: torch.Tensor, pair_mask: torch.Tensor) -> torch.Tensor:
-        unreachable = self.config.num_shortest_path_distances - 2
-        has_label = pair_mask & (shortest_path_distance > 0) & (shortest_path_distance < unreachable)
-        labels = (shortest_path_distance - 1).clamp(max=self.config.num_shortest_path_classes - 1)
-        return labels.masked_fill(~has_label, IGNORED_LABEL)
-
-    def _bond_path_labels(
-        self, path_bond_types: torch.Tensor, pair_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels, and the number of hops that have none because no class stands for their bond."""
-        _, stereo_size, conjugation_size = self.config.bond_vocabulary_sizes
-        type_classes, stereo_classes, conjugation_classes = self.config.bond_class_sizes
-        exists = pair_mask.unsqueeze(-1) & (path_bond_types > 0)
-        index = path_bond_types - 1
-        bond_type = index // (stereo_size * conjugation_size)
-        stereo = index // conjugation_size % stereo_size
-        conjugated = index % conjugation_size
-        has_class = (bond_type < type_classes) & (stereo < stereo_classes) & (conjugated < conjugation_classes)
-        labels = (bond_type * stereo_classes + stereo) * conjugation_classes + conjugated
-        labels = labels.masked_fill(~(exists & has_class), IGNORED_LABEL)
-        return labels, (exists & ~has_class).sum()
-
     @can_return_tuple
     @auto_docstring(
         custom_args=MODEL_INPUTS_DOCSTRING
@@ -843,16 +804,16 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
     )
     def forward(
         self,
-        atom_features: torch.LongTensor,
+        atom_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        degree: torch.LongTensor | None = None,
-        shortest_path_distance: torch.LongTensor | None = None,
-        path_bond_types: torch.LongTensor | None = None,
-        coordinates: torch.FloatTensor | None = None,
-        coordinates_mask: torch.BoolTensor | None = None,
-        pair_modality_ids: torch.LongTensor | None = None,
-        atom_modality_ids: torch.LongTensor | None = None,
-        coordinate_noise: torch.FloatTensor | None = None,
+        degree: torch.Tensor | None = None,
+        shortest_path_distance: torch.Tensor | None = None,
+        path_bond_types: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        coordinates_mask: torch.Tensor | None = None,
+        pair_modality_ids: torch.Tensor | None = None,
+        atom_modality_ids: torch.Tensor | None = None,
+        coordinate_noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendForPreTrainingOutput:
@@ -884,21 +845,27 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             relations = (shortest_path_distance, path_bond_types)
             available = [has_coordinates.new_full((batch_size,), relation is not None) for relation in relations]
             available_relations = torch.stack([*available, has_coordinates], dim=-1)
-            pair_modality_ids = self._draw_pair_modalities(available_relations, num_atoms, generator)
+            pair_modality_ids = draw_pair_modalities(
+                available_relations,
+                num_atoms,
+                self.config.blend_probabilities,
+                self.config.blend_per_molecule,
+                generator,
+            )
         if atom_modality_ids is None:
             has_degree = has_coordinates.new_full((batch_size,), degree is not None)
             available_features = torch.stack([has_degree, has_coordinates], dim=-1)
-            atom_modality_ids = self._draw_atom_modalities(available_features, num_atoms, generator)
+            atom_modality_ids = draw_atom_modalities(
+                available_features, num_atoms, self.config.atom_blend_probabilities, generator
+            )
         noisy_coordinates = None
         if coordinates is not None:
-            coordinates = coordinates.float()
             if coordinate_noise is None:
-                coordinate_noise = self.config.noise_std * torch.randn(
-                    coordinates.shape, device=device, generator=generator
-                )
-            noisy_coordinates = coordinates + coordinate_noise
+                coordinate_noise = torch.randn(coordinates.shape, device=device, generator=generator)
+                coordinate_noise = coordinate_noise * self.config.noise_std
+            noisy_coordinates = coordinates.float() + coordinate_noise
 
-        outputs: MoleBlendModelOutput = self.moleblend(
+        outputs = self.moleblend(
             atom_features,
             attention_mask=attention_mask,
             degree=degree,
@@ -917,10 +884,10 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         shortest_path_logits = self.shortest_path_head(atom_states)
         bond_path_logits = self.bond_path_head(atom_states).unflatten(-1, (self.config.max_path_bonds, -1))
         predicted_relative_positions = self.relative_position_head(atom_states)
-        if coordinates is None:
+        if coordinates is None or noisy_coordinates is None:
             relative_positions = relative_directions = atom_states.new_zeros(batch_size, num_atoms, num_atoms, 3)
         else:
-            relative_positions = coordinates.unsqueeze(1) - coordinates.unsqueeze(2)
+            relative_positions = coordinates.float().unsqueeze(1) - coordinates.float().unsqueeze(2)
             noisy_positions = noisy_coordinates.unsqueeze(1) - noisy_coordinates.unsqueeze(2)
             noisy_distances = torch.linalg.vector_norm(noisy_positions, dim=-1, keepdim=True)
             relative_directions = noisy_positions / (noisy_distances + DIRECTION_EPS)
@@ -931,17 +898,21 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
 
         # Losses: all pairs, hidden or shown. Each is a mean over what has a target, and 0 where nothing has.
         no_labels = torch.full_like(pair_modality_ids, IGNORED_LABEL)
-        shortest_path_labels, bond_path_labels = no_labels, no_labels.unsqueeze(-1).expand(bond_path_logits.shape[:-1])
+        path_labels, bond_labels = no_labels, no_labels.unsqueeze(-1).expand(bond_path_logits.shape[:-1])
         num_unclassified_bonds = torch.zeros((), dtype=torch.long, device=device)
         if shortest_path_distance is not None:
-            shortest_path_labels = self._shortest_path_labels(shortest_path_distance, pair_mask)
+            num_classes, unreachable = shortest_path_logits.shape[-1], self.config.num_shortest_path_distances - 2
+            path_labels = shortest_path_labels(shortest_path_distance, pair_mask, num_classes, unreachable)
         if path_bond_types is not None:
-            bond_path_labels, num_unclassified_bonds = self._bond_path_labels(path_bond_types, pair_mask)
-        shortest_path_loss = masked_cross_entropy(shortest_path_logits, shortest_path_labels, gather)
-        bond_path_loss = masked_cross_entropy(bond_path_logits, bond_path_labels, gather)
+            bond_labels, num_unclassified_bonds = bond_path_labels(
+                path_bond_types, pair_mask, self.config.bond_vocabulary_sizes, self.config.bond_class_sizes
+            )
+        shortest_path_loss = masked_cross_entropy(shortest_path_logits, path_labels, gather)
+        bond_path_loss = masked_cross_entropy(bond_path_logits, bond_labels, gather)
 
         distances = torch.linalg.vector_norm(relative_positions, dim=-1)
         has_target = pair_mask & has_coordinates[:, None, None] & (distances > 0)
+        # CODEPATH: as in the head, "direction" is the paper's checkpoints and "distance" an ablation.
         if self.config.relative_position_target == "direction":
             pair_losses = 1 - F.cosine_similarity(predicted_relative_positions.float(), relative_positions, dim=-1)
         else:
@@ -957,7 +928,9 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
 
         losses = (shortest_path_loss, bond_path_loss, relative_position_loss, coordinate_denoising_loss)
         return MoleBlendForPreTrainingOutput(
-            loss=sum(weight * loss for weight, loss in zip(self.config.loss_weights, losses, strict=True)),
+            loss=torch.stack(
+                [weight * loss for weight, loss in zip(self.config.loss_weights, losses, strict=True)]
+            ).sum(),
             shortest_path_loss=shortest_path_loss,
             bond_path_loss=bond_path_loss,
             relative_position_loss=relative_position_loss,
@@ -966,8 +939,8 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             bond_path_logits=bond_path_logits,
             predicted_relative_positions=predicted_relative_positions,
             predicted_coordinate_noise=predicted_coordinate_noise,
-            shortest_path_labels=shortest_path_labels,
-            bond_path_labels=bond_path_labels,
+            shortest_path_labels=path_labels,
+            bond_path_labels=bond_labels,
             num_unclassified_bonds=num_unclassified_bonds,
             pair_modality_ids=pair_modality_ids,
             atom_modality_ids=atom_modality_ids,
@@ -985,7 +958,7 @@ class MoleBlendPropertyHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, len(config.id2label or ()))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.out_proj(self.dropout(self.act_fn(self.dense(self.dropout(hidden_states)))))
@@ -1008,9 +981,9 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         """Mean loss over the labels that are there; 0 with zero gradient where none is."""
         problem_type = self.config.problem_type
         if problem_type is None:
-            is_class_index = not labels.is_floating_point() and self.config.num_labels > 1
+            is_class_index = not labels.is_floating_point() and outputs.shape[-1] > 1
             problem_type = "single_label_classification" if is_class_index else "multi_label_classification"
-            problem_type = "regression" if self.config.num_labels == 1 else problem_type
+            problem_type = "regression" if outputs.shape[-1] == 1 else problem_type
         outputs = outputs.float()
         if problem_type == "single_label_classification":
             return masked_cross_entropy(outputs, labels.view(-1), gather=False)
@@ -1019,6 +992,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         labels = labels.masked_fill(~present, 0)
         if problem_type == "multi_label_classification":
             return masked_mean(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none"), present)
+        # CODEPATH: regression checkpoints fine-tuned with scaled targets; converted ones have none.
         if self.config.target_stds is not None:
             labels = (labels - labels.new_tensor(self.config.target_means)) / labels.new_tensor(
                 self.config.target_stds
@@ -1035,13 +1009,13 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
     )
     def forward(
         self,
-        atom_features: torch.LongTensor,
+        atom_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        degree: torch.LongTensor | None = None,
-        shortest_path_distance: torch.LongTensor | None = None,
-        path_bond_types: torch.LongTensor | None = None,
-        coordinates: torch.FloatTensor | None = None,
-        coordinates_mask: torch.BoolTensor | None = None,
+        degree: torch.Tensor | None = None,
+        shortest_path_distance: torch.Tensor | None = None,
+        path_bond_types: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        coordinates_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
@@ -1059,7 +1033,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         >>> model(**inputs).loss.backward()
         ```
         """
-        outputs: MoleBlendModelOutput = self.moleblend(
+        outputs = self.moleblend(
             atom_features,
             attention_mask=attention_mask,
             degree=degree,
@@ -1069,15 +1043,18 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
             coordinates_mask=coordinates_mask,
             **kwargs,
         )
+        # CODEPATH: "graph_token" is the original's fine-tuned checkpoints; its code offers the others, where the head
+        # reads each atom and its outputs are pooled.
         if self.config.readout == "graph_token":
             logits = self.classifier(outputs.pooler_output)
         else:
-            # The head reads each atom and its outputs are pooled, as in the original.
             atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
             logits = self.classifier(outputs.last_hidden_state[:, 1:]).masked_fill(~atom_mask.unsqueeze(-1), 0).sum(1)
+            # CODEPATH: "mean" divides by the atoms, not by the padded length as the original does; "sum" does not.
             if self.config.readout == "mean":
                 logits = logits / atom_mask.sum(1, keepdim=True).clamp(min=1)
         loss = None if labels is None else self._loss(logits, labels)
+        # CODEPATH: as in the loss, checkpoints fine-tuned with scaled targets.
         if self.config.target_stds is not None:
             logits = logits * logits.new_tensor(self.config.target_stds) + logits.new_tensor(self.config.target_means)
         return SequenceClassifierOutput(

@@ -1,0 +1,180 @@
+"""The flat files of moleblend_hf/ can travel to the Hub and load there: import rules, and real loads without the package."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SMILES, tiny_config
+
+import moleblend_hf
+from moleblend_hf import (
+    MoleBlendForPreTraining,
+    MoleBlendForSequenceClassification,
+    MoleBlendModel,
+    MoleBlendProcessor,
+)
+
+PACKAGE = Path(moleblend_hf.__file__).parent
+HUB_FILES = sorted(path for path in PACKAGE.glob("*_moleblend.py"))
+# The loader asks for every third-party import of the modeling file and of what it imports.
+MODELING_IMPORTS = {"torch", "transformers", *sys.stdlib_module_names}
+MODELING_SIBLINGS = {"configuration_moleblend", "blending_moleblend"}
+LOOKS_RELATIVE = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
+
+
+def hub_file_violations(path: Path) -> list[str]:
+    """Import rules for a file that the Hub loader copies and loads; empty if it can."""
+    source, stem = path.read_text(encoding="utf-8"), path.stem
+    siblings, found = set(), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            if node.level > 1 or node.module is None or "." in node.module:
+                found.append(f"line {node.lineno}: only `from .sibling import name` is copied")
+            else:
+                siblings.add(node.module)
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            root = name.split(".")[0]
+            if root == path.parent.name:
+                found.append(f"line {node.lineno}: absolute import of this package")
+            elif name == "__future__" and stem.startswith(("modeling_", "configuration_")):
+                found.append(f"line {node.lineno}: `from __future__` breaks the detection of configs")
+            elif stem.startswith(("modeling_", "blending_")) and root not in MODELING_IMPORTS:
+                found.append(f"line {node.lineno}: modeling may not import {name!r}")
+    if stem.startswith("modeling_") and siblings - MODELING_SIBLINGS:
+        found.append(f"modeling imports {sorted(siblings - MODELING_SIBLINGS)}")
+    # The loader reads text, so a line of a docstring counts as an import.
+    found += [f"text looks like an import of {name}" for name in set(LOOKS_RELATIVE.findall(source)) - siblings]
+    return found
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_hub_files_obey_the_import_rules(path):
+    assert hub_file_violations(path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("processing_a.py", "from . import b", "only `from .sibling import name`"),
+        ("processing_a.py", "from .b.c import d", "only `from .sibling import name`"),
+        ("processing_a.py", "from .. import b", "only `from .sibling import name`"),
+        ("processing_a.py", "from package.b import c", "absolute import"),
+        ("modeling_a.py", "def f():\n    import rdkit", "may not import 'rdkit'"),
+        ("configuration_a.py", "from __future__ import annotations", "breaks the detection"),
+        ("modeling_a.py", "from .processing_a import b", "modeling imports"),
+        ("processing_a.py", '"""\nfrom .b import c\n"""', "looks like an import"),
+    ],
+)
+def test_the_import_rules_notice_a_planted_violation(tmp_path, name, source, found):
+    (tmp_path / "package").mkdir()
+    path = tmp_path / "package" / name
+    path.write_text(source)
+    assert any(found in violation for violation in hub_file_violations(path))
+
+
+def in_fresh_process(code: str, tmp_path: Path) -> str:
+    """Output of `code` in a process that does not find the package."""
+    blocker = "import sys; sys.modules['moleblend_hf'] = None\n"
+    result = subprocess.run(
+        [sys.executable, "-c", blocker + code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved pretraining model and processor."""
+    path = tmp_path_factory.mktemp("saved")
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(path)
+    MoleBlendProcessor(max_atoms=77).save_pretrained(path)
+    return path
+
+
+def test_a_saved_folder_holds_its_code_and_the_whole_auto_map(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", *(p.name for p in HUB_FILES)} <= names
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForPreTraining",
+        "AutoModelForSequenceClassification",
+        "AutoProcessor",
+        "AutoFeatureExtractor",
+    }
+    processor_map = json.loads((folder / "preprocessor_config.json").read_text())["auto_map"]
+    assert set(processor_map) == {"AutoProcessor", "AutoFeatureExtractor"}
+
+
+LOAD = """
+import json, torch, transformers
+from transformers import *
+model = {auto}.from_pretrained({folder!r}, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
+extractor = AutoFeatureExtractor.from_pretrained({folder!r}, trust_remote_code=True)
+config = AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
+assert processor.to_dict() == extractor.to_dict(), (processor, extractor)
+assert processor.max_atoms == 77
+inputs = processor({smiles!r}, return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs, **({{"generator": torch.Generator().manual_seed(0)}} if "PreTraining" in {auto!r} else {{}}))
+first = outputs.loss if outputs.get("loss") is not None else outputs[0]
+model.save_pretrained({again!r})
+processor.save_pretrained({again!r})
+print(json.dumps([type(model).__name__, type(config).__name__, first.double().sum().item()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("auto", "model_class"),
+    [
+        ("AutoModel", MoleBlendModel),
+        ("AutoModelForPreTraining", MoleBlendForPreTraining),
+        ("AutoModelForSequenceClassification", MoleBlendForSequenceClassification),
+    ],
+)
+def test_a_saved_folder_loads_without_the_package_and_saves_again(tmp_path, auto, model_class):
+    folder, again = tmp_path / "saved", tmp_path / "again"
+    model = model_class(tiny_config(num_labels=2)).eval()
+    model.save_pretrained(folder)
+    MoleBlendProcessor(max_atoms=77).save_pretrained(folder)
+    draws = {"generator": torch.Generator().manual_seed(0)} if model_class is MoleBlendForPreTraining else {}
+    with torch.no_grad():
+        outputs = model(**MoleBlendProcessor()(SMILES), **draws)
+    expected = (outputs.loss if outputs.get("loss") is not None else outputs[0]).double().sum().item()
+    # What was saved without the package loads without it, too: once is enough.
+    sources = (folder, again) if auto == "AutoModel" else (folder,)
+    for source in sources:
+        code = LOAD.format(auto=auto, folder=str(source), again=str(again), smiles=SMILES)
+        name, config_name, result = json.loads(in_fresh_process(code, tmp_path).splitlines()[-1])
+        assert (name, config_name) == (model_class.__name__, "MoleBlendConfig")
+        assert result == pytest.approx(expected, abs=1e-5)
+    assert (again / "processing_moleblend.py").exists()
+
+
+def test_every_auto_model_loads_from_a_pretraining_folder(tmp_path, folder):
+    """A checkpoint to fine-tune from: the head is new and said to be, the encoder is not."""
+    code = f"""
+import json, torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+base = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+model, report = AutoModelForSequenceClassification.from_pretrained(
+    {str(folder)!r}, trust_remote_code=True, num_labels=3, output_loading_info=True)
+assert torch.equal(base.graph_token, model.moleblend.graph_token)
+print(json.dumps([model.config.num_labels, sorted(report["missing_keys"])]))
+"""
+    num_labels, missing = json.loads(in_fresh_process(code, tmp_path).splitlines()[-1])
+    assert num_labels == 3
+    assert missing
+    assert all(name.startswith("classifier.") for name in missing)

@@ -1,0 +1,500 @@
+"""What MoleBLEND's models promise: invariances, modalities, blending, losses, and one function however it is computed."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rdkit import Chem
+from scipy.spatial.transform import Rotation
+from tiny import SMILES, golden_model, tiny_config, without_dropout
+
+from moleblend_hf import (
+    MoleBlendForPreTraining,
+    MoleBlendForSequenceClassification,
+    MoleBlendModel,
+    MoleBlendProcessor,
+)
+from moleblend_hf import blending_moleblend as blending
+from moleblend_hf import modeling_moleblend as modeling
+
+SAMPLE = Path(__file__).parents[1] / "training" / "sample" / "qm9_sample.parquet"
+RELATIONS = ("degree", "shortest_path_distance", "path_bond_types")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MoleBlendProcessor()
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    """Five molecules of 1 to 13 atoms; the second has no coordinates."""
+    mols = [Chem.MolFromSmiles(smiles) for smiles in SMILES]
+    generator = np.random.default_rng(0)
+    coordinates = [generator.normal(scale=3, size=(mol.GetNumAtoms(), 3)) for mol in mols]
+    coordinates[1] = None
+    return dict(processor(SMILES, coordinates=coordinates))
+
+
+@pytest.fixture(scope="module")
+def real_molecules():
+    """200 molecules of QM9: SMILES and DFT coordinates in angstrom."""
+    rows = pq.read_table(SAMPLE).to_pylist()[::10]
+    assert len(rows) >= 200
+    rows = rows[:200]
+    return [row["smiles"] for row in rows], [
+        np.array(row["coordinates"], dtype=np.float64).reshape(-1, 3) for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """The golden weights: drawn wide, so that every input moves the output."""
+    return golden_model("pretrain").moleblend.eval()
+
+
+def states(model, batch) -> list[torch.Tensor]:
+    """Graph token and atoms of each molecule, without padding."""
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    return [state[: size + 1] for state, size in zip(hidden, batch["attention_mask"].sum(1), strict=True)]
+
+
+def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    for index, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=f"molecule {index}")
+
+
+# Invariance on 200 real molecules.
+
+
+def test_rotation_and_translation_change_nothing(encoder, processor, real_molecules):
+    smiles, coordinates = real_molecules
+    rotation = Rotation.from_euler("xyz", [25, 130, -70], degrees=True).as_matrix()
+    moved = [xyz @ rotation.T + [1.5, -0.7, 2.2] for xyz in coordinates]
+    assert_same(
+        states(encoder, processor(smiles, coordinates=coordinates)),
+        states(encoder, processor(smiles, coordinates=moved)),
+    )
+
+
+def test_atom_order_changes_nothing(encoder, processor, real_molecules):
+    smiles, coordinates = real_molecules
+    generator = np.random.default_rng(0)
+    mols = [Chem.MolFromSmiles(one) for one in smiles]
+    orders = [generator.permutation(mol.GetNumAtoms()).tolist() for mol in mols]
+    renumbered = [Chem.RenumberAtoms(mol, order) for mol, order in zip(mols, orders, strict=True)]
+    permuted = [xyz[order] for xyz, order in zip(coordinates, orders, strict=True)]
+    before = states(encoder, processor(mols, coordinates=coordinates))
+    after = states(encoder, processor(renumbered, coordinates=permuted))
+    assert_same([state[[0, *(np.array(order) + 1)]] for state, order in zip(before, orders, strict=True)], after)
+
+
+def test_another_smiles_of_the_molecule_changes_nothing(encoder, processor, real_molecules):
+    smiles, coordinates = real_molecules
+    others, permuted, orders = [], [], []
+    for one, xyz in zip(smiles, coordinates, strict=True):
+        mol = Chem.MolFromSmiles(one)
+        others.append(Chem.MolToSmiles(mol, doRandom=True))
+        order = list(mol.GetPropsAsDict(True, True)["_smilesAtomOutputOrder"])
+        permuted.append(xyz[order])
+        orders.append(order)
+    before = states(encoder, processor(smiles, coordinates=coordinates))
+    after = states(encoder, processor(others, coordinates=permuted))
+    assert_same([state[[0, *(np.array(order) + 1)]] for state, order in zip(before, orders, strict=True)], after)
+
+
+def test_padding_and_batch_composition_change_nothing(encoder, processor, real_molecules):
+    smiles, coordinates = real_molecules
+    together = states(encoder, processor(smiles, coordinates=coordinates))
+    alone = [states(encoder, processor(one, coordinates=xyz))[0] for one, xyz in zip(smiles, coordinates, strict=True)]
+    assert_same(together, alone)
+
+
+def test_embed_returns_molecules_and_atoms_in_order(encoder, processor, real_molecules):
+    smiles, coordinates = (values[:20] for values in real_molecules)
+    embedded = encoder.embed(smiles, processor, batch_size=7, coordinates=coordinates)
+    together = states(encoder, processor(smiles, coordinates=coordinates))
+    torch.testing.assert_close(
+        embedded.molecule_embeddings, torch.stack([state[0] for state in together]), atol=1e-5, rtol=0
+    )
+    assert_same(embedded.atom_embeddings, [state[1:] for state in together])
+
+
+def test_embed_leaves_out_what_was_rejected(encoder, processor):
+    embedded = encoder.embed(["CCO", "C1CC", "C"], processor, on_error="skip")
+    assert len(embedded.molecule_embeddings) == 2
+    assert [len(atoms) for atoms in embedded.atom_embeddings] == [3, 1]
+    assert [rejection.index for rejection in processor.rejected] == [1]
+
+
+# Modalities.
+
+
+def test_a_missing_relation_is_a_modality_switched_off(encoder, batch):
+    """Each relation moves the output, alone and together; a batch without any still runs."""
+    everything = states(encoder, batch)
+    for name in (*RELATIONS, "coordinates"):
+        left = {key: value for key, value in batch.items() if key not in (name, "coordinates_mask")}
+        if name != "coordinates":
+            left["coordinates_mask"] = batch["coordinates_mask"]
+        assert not torch.allclose(states(encoder, left)[0], everything[0], atol=1e-3), name
+    atoms_only = encoder(batch["atom_features"]).last_hidden_state
+    assert torch.isfinite(atoms_only).all()
+
+
+def test_molecules_without_coordinates_in_a_mixed_batch_are_2d(encoder, batch):
+    two_dimensional = {name: batch[name] for name in ("atom_features", "attention_mask", *RELATIONS)}
+    assert_same([states(encoder, batch)[1]], [states(encoder, two_dimensional)[1]])
+    garbage = batch["coordinates"].clone()
+    garbage[1] = float("nan")
+    assert_same(states(encoder, {**batch, "coordinates": garbage}), states(encoder, batch))
+
+
+def test_shapes_that_do_not_fit_are_an_error_with_the_expected_shape(encoder, batch):
+    with pytest.raises(ValueError, match=r"`coordinates` has shape \(5, 12, 3\); expected \(5, 13, 3\)"):
+        encoder(**{**batch, "coordinates": batch["coordinates"][:, :12]})
+    with pytest.raises(ValueError, match=r"`atom_features` has shape \(5, 13\)"):
+        encoder(batch["atom_features"][..., 0])
+
+
+def test_values_beyond_a_vocabulary_take_its_last_row(encoder, batch):
+    features = batch["atom_features"].clone()
+    features[..., 0] = torch.where(features[..., 0] > 0, 119, 0)
+    beyond = torch.where(features[..., :1] > 0, torch.cat([features[..., :1] + 400, features[..., 1:]], -1), features)
+    inputs = {**batch, "degree": batch["degree"] + 63}
+    assert_same(
+        states(encoder, {**inputs, "atom_features": features}),
+        states(encoder, {**inputs, "atom_features": beyond, "degree": batch["degree"] + 10_000}),
+    )
+
+
+# One function, however it is computed.
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gathering_rows_is_the_same_function_as_masking_them(monkeypatch, batch, training):
+    """Outputs and gradients; the masked form is what compilation, export and accelerators run."""
+    model = MoleBlendForPreTraining(without_dropout()).train(training)
+    results = []
+    for gathers in (modeling.gathers, lambda tensor: False):
+        monkeypatch.setattr(modeling, "gathers", gathers)
+        model.zero_grad()
+        outputs = model(**batch, generator=torch.Generator().manual_seed(0), output_hidden_states=True)
+        outputs.loss.backward()
+        grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        results.append((outputs.loss, *outputs.hidden_states, *grads))
+    for gathered, masked in zip(*results, strict=True):
+        torch.testing.assert_close(gathered, masked, atol=1e-6, rtol=1e-5)
+
+
+def test_sdpa_equals_eager(batch):
+    torch.manual_seed(0)
+    model = MoleBlendForPreTraining(without_dropout()).train()
+    assert model.config._attn_implementation == "sdpa"
+    eager = MoleBlendForPreTraining._from_config(without_dropout(), attn_implementation="eager").train()
+    eager.load_state_dict(model.state_dict())
+    losses = []
+    for one in (model, eager):
+        outputs = one(**batch, generator=torch.Generator().manual_seed(0))
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+    for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_is_the_same_function(batch, use_reentrant):
+    model = MoleBlendForPreTraining(tiny_config()).train()
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = model(**batch).loss
+        loss.backward()
+        results.append(
+            [loss, *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
+        )
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_autocast_stays_close_and_losses_are_fp32(batch):
+    model = MoleBlendForPreTraining(without_dropout())
+    exact = model(**batch, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(**batch, generator=torch.Generator().manual_seed(0))
+    outputs.loss.backward()
+    for name in (
+        "loss",
+        "shortest_path_loss",
+        "bond_path_loss",
+        "relative_position_loss",
+        "coordinate_denoising_loss",
+    ):
+        assert getattr(outputs, name).dtype == torch.float32
+        torch.testing.assert_close(getattr(outputs, name), getattr(exact, name), atol=0, rtol=0.05, msg=name)
+
+
+def test_bf16_weights_run(batch):
+    model = MoleBlendForSequenceClassification(tiny_config(num_labels=1)).to(torch.bfloat16)
+    outputs = model(**batch, labels=torch.zeros(len(batch["degree"]), 1))
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_has_no_graph_breaks(batch, dynamic):
+    """`backend="eager"` traces the whole graph; code generation is not ours."""
+    torch._dynamo.reset()
+    model = MoleBlendForPreTraining(without_dropout())
+    draws = model(**batch, generator=torch.Generator().manual_seed(0))
+    given = {name: getattr(draws, name) for name in ("pair_modality_ids", "atom_modality_ids", "coordinate_noise")}
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(**batch, **given).loss, draws.loss, atol=1e-6, rtol=1e-5)
+
+
+def test_torch_export_of_the_encoder_takes_other_sizes(batch, processor):
+    model = MoleBlendModel(without_dropout()).eval()
+    names = ("atom_features", "attention_mask", *RELATIONS, "coordinates", "coordinates_mask")
+    inputs = {name: batch[name] for name in names}
+    batch_size, num_atoms = torch.export.Dim("batch", max=64), torch.export.Dim("atoms", min=2, max=128)
+    pairs = {0: batch_size, 1: num_atoms, 2: num_atoms}
+    shapes = {name: {0: batch_size, 1: num_atoms} for name in names}
+    shapes |= {"shortest_path_distance": pairs, "path_bond_types": pairs, "coordinates_mask": {0: batch_size}}
+    program = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
+    other = dict(processor(["CCOC", "CN"], coordinates=[np.eye(4, 3) * 2, np.eye(2, 3)]))
+    torch.testing.assert_close(
+        program.module()(**other).last_hidden_state, model(**other).last_hidden_state, atol=1e-5, rtol=0
+    )
+
+
+def test_drop_path_drops_molecules(batch):
+    tokens = modeling.RowSelection(torch.nn.functional.pad(batch["attention_mask"].bool(), (1, 0), value=True), True)
+    rows = torch.ones(int(tokens.mask.sum()), 3)
+    dropped = tokens.put(modeling.drop_path(rows, 0.5, tokens))
+    for molecule, mask in zip(dropped, tokens.mask, strict=True):
+        values = molecule[mask]
+        assert (values == values[0]).all()
+        assert values[0, 0] in (0.0, 2.0)
+
+
+# Blending.
+
+
+def test_draws_follow_the_blend_probabilities(batch, processor):
+    model = MoleBlendForPreTraining(tiny_config())
+    chain = processor(["C" * 200], coordinates=[np.arange(600).reshape(200, 3)])
+    outputs = model(**chain, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(outputs.pair_modality_ids.flatten(), minlength=3) / 200**2
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.2, 0.6]), atol=0.01, rtol=0)
+    share = (outputs.atom_modality_ids == blending.ATOM_DISTANCE).float().mean()
+    assert share.item() == pytest.approx(0.6, abs=0.1)
+    assert outputs.coordinate_noise.std().item() == pytest.approx(0.2, rel=0.1)
+    assert not torch.equal(outputs.pair_modality_ids, outputs.pair_modality_ids.transpose(1, 2))
+
+
+def test_a_relation_that_a_molecule_lacks_is_never_drawn(batch):
+    model = MoleBlendForPreTraining(tiny_config())
+    outputs = model(**batch)
+    assert (outputs.pair_modality_ids[1] != blending.PAIR_DISTANCE).all()
+    assert (outputs.atom_modality_ids[1] == blending.ATOM_DEGREE).all()
+    three_dimensional = {name: value for name, value in batch.items() if name not in RELATIONS}
+    outputs = model(**three_dimensional)
+    assert (outputs.pair_modality_ids[0] == blending.PAIR_DISTANCE).all()
+    assert outputs.shortest_path_loss == outputs.bond_path_loss == 0
+
+
+@pytest.mark.parametrize("per_molecule", [True, False])
+def test_blend_per_molecule(batch, per_molecule):
+    pairs = MoleBlendForPreTraining(tiny_config(blend_per_molecule=per_molecule))(**batch).pair_modality_ids
+    assert torch.equal(pairs[0], pairs[3]) is not per_molecule
+
+
+def test_a_generator_seeds_every_draw(batch):
+    model = MoleBlendForPreTraining(without_dropout())
+    first, second, other = (model(**batch, generator=torch.Generator().manual_seed(seed)).loss for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_hidden_relations_do_not_reach_the_encoder(batch):
+    """A pair that shows its distance says nothing of its bonds, and the other way round."""
+    model = MoleBlendForPreTraining(without_dropout()).eval()
+    num_molecules, num_atoms = batch["degree"].shape
+    pairs, atoms = (
+        torch.zeros(num_molecules, num_atoms, num_atoms).long(),
+        torch.zeros(num_molecules, num_atoms).long(),
+    )
+    noise = torch.zeros_like(batch["coordinates"])
+
+    def logits(modality: int, **changes) -> torch.Tensor:
+        draws = {
+            "pair_modality_ids": pairs + modality,
+            "atom_modality_ids": atoms + (modality == blending.PAIR_DISTANCE),
+            "coordinate_noise": noise,
+        }
+        return model(**{**batch, **changes}, **draws).shortest_path_logits[0]
+
+    other_bonds = {"shortest_path_distance": batch["shortest_path_distance"].flip(0)}
+    other_bonds["path_bond_types"] = batch["path_bond_types"].flip(0)
+    distance = blending.PAIR_DISTANCE
+    torch.testing.assert_close(logits(distance, **other_bonds), logits(distance), atol=0, rtol=0)
+    other_geometry = {"coordinates": 2 * batch["coordinates"]}
+    for modality in (blending.PAIR_SHORTEST_PATH, blending.PAIR_BOND_PATH):
+        torch.testing.assert_close(logits(modality, **other_geometry), logits(modality), atol=0, rtol=0)
+
+
+# Losses.
+
+
+def test_losses_without_a_target_are_zero_with_zero_gradient(processor):
+    """Single atoms have no pairs, 2D molecules no geometry: no NaN, and every parameter keeps a finite gradient."""
+    model = MoleBlendForPreTraining(without_dropout())
+    outputs = model(**processor(["C", "[Na+]"]))
+    outputs.loss.backward()
+    names = ("loss", "shortest_path_loss", "bond_path_loss", "relative_position_loss", "coordinate_denoising_loss")
+    assert [getattr(outputs, name).item() for name in names] == [0.0] * 5
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_an_atom_at_the_origin_is_an_atom(processor):
+    """The original takes an atom at (0, 0, 0) for one without coordinates."""
+    model = MoleBlendForPreTraining(without_dropout()).eval()
+    xyz = np.array([[0.0, 0, 0], [1.5, 0, 0], [2.1, 1.3, 0]])
+    draws = {"pair_modality_ids": torch.full((1, 3, 3), 2), "atom_modality_ids": torch.ones(1, 3).long()}
+    noise = torch.randn(1, 3, 3)
+    at_origin = model(**processor("CCO", coordinates=xyz), **draws, coordinate_noise=noise)
+    moved = model(**processor("CCO", coordinates=xyz + 3), **draws, coordinate_noise=noise)
+    torch.testing.assert_close(at_origin.loss, moved.loss, atol=1e-5, rtol=0)
+
+
+def test_bonds_outside_the_classes_are_no_target_and_counted(processor):
+    """A quadruple bond is misc in OGB's vocabulary; the released heads have no class for it, nor for CIS / TRANS."""
+    model = MoleBlendForPreTraining(tiny_config())
+    outputs = model(**processor(["[Re]$[Re]", "CCCC"]))
+    assert outputs.num_unclassified_bonds == 2
+    assert (outputs.bond_path_labels[0] == blending.IGNORED_LABEL).all()
+    assert torch.isfinite(outputs.loss)
+
+
+def test_long_paths_and_unreachable_pairs(processor):
+    """The original crashes beyond 20 bonds; the last class takes them, and fragments are no target for each other."""
+    model = MoleBlendForPreTraining(tiny_config())
+    outputs = model(**processor(["C" * 40 + ".[Na+]"]))
+    labels = outputs.shortest_path_labels[0]
+    assert labels[0, :13].tolist() == [-100, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10]
+    assert (labels[40] == blending.IGNORED_LABEL).all()
+    assert torch.isfinite(outputs.loss)
+
+
+def test_distance_target_is_blind_to_the_frame(batch):
+    config = without_dropout(relative_position_target="distance")
+    model = MoleBlendForPreTraining(config).eval()
+    rotation = torch.tensor(Rotation.from_euler("xyz", [25, 130, -70], degrees=True).as_matrix(), dtype=torch.float32)
+    draws = model(**batch)
+    given = {name: getattr(draws, name) for name in ("pair_modality_ids", "atom_modality_ids")}
+    noise = draws.coordinate_noise
+    before = model(**batch, **given, coordinate_noise=noise)
+    turned = {**batch, "coordinates": batch["coordinates"] @ rotation.T}
+    after = model(**turned, **given, coordinate_noise=noise @ rotation.T)
+    assert before.predicted_relative_positions.shape == (*batch["shortest_path_distance"].shape, 1)
+    torch.testing.assert_close(before.relative_position_loss, after.relative_position_loss, atol=1e-5, rtol=0)
+
+
+def test_pretraining_overfits_a_small_batch(batch):
+    model = MoleBlendForPreTraining(without_dropout(num_hidden_layers=3)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    outputs = model(**batch, generator=torch.Generator().manual_seed(0))
+    given = {name: getattr(outputs, name) for name in ("pair_modality_ids", "atom_modality_ids", "coordinate_noise")}
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = model(**batch, **given)
+        loss.loss.backward()
+        optimizer.step()
+    assert loss.shortest_path_loss < 0.1 * outputs.shortest_path_loss
+    assert loss.bond_path_loss < 0.1 * outputs.bond_path_loss
+    assert loss.coordinate_denoising_loss < 0.5 * outputs.coordinate_denoising_loss
+
+
+# Property prediction.
+
+
+def test_regression_is_in_original_units_and_its_loss_in_standard_deviations(batch):
+    scaled = tiny_config(num_labels=2, problem_type="regression", target_means=[5.0, -3.0], target_stds=[2.0, 0.5])
+    model = MoleBlendForSequenceClassification(scaled).eval()
+    plain = copy.deepcopy(model)
+    plain.config.target_means = plain.config.target_stds = None
+    raw = plain(**batch).logits
+    outputs = model(**batch, labels=raw * torch.tensor([2.0, 0.5]) + torch.tensor([7.0, -3.5]))
+    torch.testing.assert_close(outputs.logits, raw * torch.tensor([2.0, 0.5]) + torch.tensor([5.0, -3.0]))
+    torch.testing.assert_close(outputs.loss, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_missing_labels_count_for_nothing(batch, problem_type):
+    model = MoleBlendForSequenceClassification(tiny_config(num_labels=3, problem_type=problem_type)).eval()
+    labels = torch.randint(0, 2, (len(batch["degree"]), 3)).float()
+    labels[0, 1] = labels[3] = float("nan")
+    present = ~labels.isnan()
+    logits = model(**batch).logits
+    function = torch.nn.functional.mse_loss if problem_type == "regression" else None
+    function = function or torch.nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(model(**batch, labels=labels).loss, function(logits[present], labels[present]))
+    loss = model(**batch, labels=torch.full_like(labels, float("nan"))).loss
+    loss.backward()
+    assert loss == 0
+
+
+def test_classes_and_missing_classes(batch):
+    model = MoleBlendForSequenceClassification(tiny_config(num_labels=3)).eval()
+    labels = torch.tensor([0, 2, -100, 1, 1])
+    outputs = model(**batch, labels=labels)
+    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+    assert model.config.problem_type is None  # forward writes nothing
+
+
+@pytest.mark.parametrize("readout", ["graph_token", "mean", "sum"])
+def test_readouts_ignore_padding(batch, processor, readout):
+    model = MoleBlendForSequenceClassification(tiny_config(num_labels=2, readout=readout)).eval()
+    alone = {name: value[3:4] for name, value in batch.items()}
+    size = int(alone["attention_mask"].sum())
+    alone = {
+        name: value[:, :size, :size] if name in RELATIONS[1:] else value[:, :size] if value.dim() > 1 else value
+        for name, value in alone.items()
+    }
+    torch.testing.assert_close(model(**alone).logits[0], model(**batch).logits[3], atol=1e-5, rtol=0)
+
+
+# Initialisation.
+
+
+@pytest.mark.parametrize("how", ["uniform", "normal"])
+def test_gaussian_initialization(how):
+    module = MoleBlendModel(tiny_config(gaussian_initialization=how, num_distance_kernels=256)).distance_embedding
+    affine = module.first_atom_affine.weight
+    if how == "uniform":
+        assert module.means.min() >= 0
+        assert 2 < module.means.max() <= 3
+        assert (affine[:, 0] == 1).all()
+        assert (affine[:, 1] == 0).all()
+    else:
+        assert module.means.abs().max() < 0.2
+        assert affine.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_loading_changes_no_weight(tmp_path):
+    model = golden_model("pretrain")
+    model.save_pretrained(tmp_path)
+    loaded, report = MoleBlendForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    encoder = MoleBlendModel.from_pretrained(tmp_path)
+    assert torch.equal(encoder.graph_token, model.moleblend.graph_token)
