@@ -163,6 +163,8 @@ def describe_molecule(molecule: Any, max_length: int = 80) -> str:
 def parse_molecule(molecule: Any, given: Any, settings: FeaturizationSettings) -> ParsedMolecule:
     if isinstance(molecule, MoleculeError):
         raise molecule
+    if settings.modality == "2d":
+        given = None
     if isinstance(molecule, str):
         parsed = _parse_smiles(molecule, given, settings)
     elif isinstance(molecule, Chem.Mol):
@@ -185,7 +187,7 @@ def parse_molecule(molecule: Any, given: Any, settings: FeaturizationSettings) -
             "size",
             "Raise `max_atoms` if there is memory for pairs of that many atoms",
         )
-    if parsed.coordinates is not None:
+    if parsed.coordinates is not None and settings.modality != "2d":
         _check_coordinates(parsed.coordinates)
     return parsed
 

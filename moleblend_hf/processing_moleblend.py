@@ -90,7 +90,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         "coordinates_mask",
     ]
     # Saving copies the code next to the settings, whichever way the class was loaded.
-    _auto_class = "AutoFeatureExtractor"
+    _auto_class = "AutoFeatureExtractor"  # type: ignore[assignment]
     _auto_map: ClassVar[dict[str, str]] = {
         "AutoFeatureExtractor": "processing_moleblend.MoleBlendProcessor",
         "AutoProcessor": "processing_moleblend.MoleBlendProcessor",
@@ -110,8 +110,8 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         max_embedding_attempts: int = 10,
         max_mmff_iterations: int = 200,
         max_bond_order_iterations: int = 10_000,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         unknown = sorted(set(kwargs) - set(_METADATA))
         if unknown:
             known = ", ".join(field.name for field in fields(FeaturizationSettings))
@@ -392,17 +392,16 @@ def _label_array(labels: Any, num_molecules: int) -> np.ndarray:
     """Returns labels as (B, T): integers if none is missing, else float32 with NaN for None."""
     try:
         array = np.asarray(labels)
-        if array.dtype == object:
-            array = array.astype(np.float64)
+        if array.dtype.kind not in "iub":  # None in a list makes it an array of objects
+            array = array.astype(np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "`labels` cannot be turned into an array. Pass a number, or a list of as many numbers, for each molecule, and "
-            "None for a missing one."
+            "`labels` cannot be turned into an array. Pass a number, or a list of as many numbers, for each molecule, "
+            "and None for a missing one."
         ) from error
     if array.ndim == 0 or len(array) != num_molecules:
         raise ValueError(f"`labels` has shape {array.shape} for {num_molecules} molecules. Pass one row for each.")
-    array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
-    return array.reshape(num_molecules, -1)
+    return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32).reshape(num_molecules, -1)
 
 
 __all__ = ["MoleBlendProcessor"]

@@ -1,0 +1,318 @@
+"""Processor: batches, modalities, rejections, saving and loading."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from rdkit import Chem
+from rdkit.Chem import rdDistGeom
+
+from moleblend_hf.featurization_moleblend import MolecularGraph
+from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeError
+from moleblend_hf.processing_moleblend import MoleBlendProcessor
+
+RELATIONS = {"degree", "shortest_path_distance", "path_bond_types"}
+ATOMS = {"atom_features", "attention_mask"}
+COORDINATES = {"coordinates", "coordinates_mask"}
+ETHANOL_3D = np.array([[-0.89, 0.16, -0.07], [0.47, -0.50, -0.05], [1.39, 0.28, 0.71]])
+
+
+@pytest.fixture(scope="module")
+def processor() -> MoleBlendProcessor:
+    return MoleBlendProcessor()
+
+
+def embedded(smiles: str) -> Chem.Mol:
+    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    rdDistGeom.EmbedMolecule(mol, randomSeed=1)
+    return mol
+
+
+# Batches
+
+
+def test_batch_has_the_glossarys_names_shapes_and_dtypes(processor):
+    batch = processor(["CCO", "c1ccccc1O"], coordinates=[ETHANOL_3D, None], labels=[[1.5, 2.0], [None, 3.0]])
+    assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
+        "atom_features": ((2, 7, 9), torch.int64),
+        "attention_mask": ((2, 7), torch.int64),
+        "degree": ((2, 7), torch.int64),
+        "shortest_path_distance": ((2, 7, 7), torch.int64),
+        "path_bond_types": ((2, 7, 7, 5), torch.int64),
+        "coordinates": ((2, 7, 3), torch.float32),
+        "coordinates_mask": ((2,), torch.bool),
+        "labels": ((2, 2), torch.float32),
+    }
+    assert set(batch) - {"labels"} == set(processor.model_input_names)
+    assert batch["coordinates_mask"].tolist() == [True, False]
+    assert batch["labels"][0].tolist() == [1.5, 2.0]
+    assert batch["labels"].isnan().tolist() == [[False, False], [True, False]]
+
+
+def test_padding_is_zero_and_real_values_do_not_depend_on_the_batch(processor):
+    alone, together = processor("CCO", ETHANOL_3D), processor(["CCO", "CCCCCCCC"], [ETHANOL_3D, None])
+    for name, value in alone.items():
+        padded = together[name][0]
+        real = tuple(map(slice, value.shape[1:]))
+        assert torch.equal(padded[real], value[0]), name
+        assert padded.to(torch.float64).sum() == value.to(torch.float64).sum(), name
+    assert together["coordinates"][1].abs().sum() == 0
+
+
+def test_one_molecule_is_a_batch_of_one_and_a_tuple_is_one_molecule(processor):
+    assert processor("CCO")["atom_features"].shape == (1, 3, 9)
+    pair = (["C", "C", "O"], ETHANOL_3D)
+    assert set(processor(pair, modality="3d")) == ATOMS | COORDINATES
+    with pytest.raises(MoleculeError, match="only a list is a batch"):
+        processor(np.array(["CCO", "CC"]))
+
+
+def test_numpy_batches_hold_the_same_numbers(processor):
+    expected = processor(["CCO", "C"], return_tensors="pt")
+    for name, value in processor(["CCO", "C"], return_tensors="np").items():
+        assert isinstance(value, np.ndarray)
+        assert np.array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype", "expected"),
+    [
+        ([1, 0], torch.int64, [[1], [0]]),
+        ([True, False], torch.int64, [[1], [0]]),
+        ([1, None], torch.float32, [[1.0], [None]]),
+        ([[0.5, None], [1, 2]], torch.float32, [[0.5, None], [1.0, 2.0]]),
+        (np.array([[1.0], [2.0]]), torch.float32, [[1.0], [2.0]]),
+    ],
+)
+def test_labels_are_one_row_a_molecule(processor, labels, dtype, expected):
+    found = processor(["CC", "CO"], labels=labels)["labels"]
+    assert found.dtype == dtype
+    assert [[None if value != value else value for value in row] for row in found.tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"molecules": []}, "The list of molecules is empty"),
+        ({"molecules": ["CC"], "labels": [1, 2]}, "`labels` has 2 entries for 1 molecules"),
+        ({"molecules": ["CC"], "labels": [["a b"]]}, "`labels` cannot be turned into an array"),
+        ({"molecules": ["CC", "CO"], "labels": [[1], [1, 2]]}, "`labels` cannot be turned into an array"),
+        ({"molecules": ["CC", "CO"], "coordinates": [None]}, "`coordinates` has 1 entries for 2 molecules"),
+        ({"molecules": ["CC"], "on_error": "ignore"}, "`on_error` is 'ignore'"),
+        ({"molecules": ["CC"], "modality": "1d"}, "`modality` is '1d', but has to be one of 'auto', '2d'"),
+    ],
+)
+def test_calls_that_make_no_sense_are_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+# Modalities
+
+
+def test_modality_decides_which_relations_are_in_the_batch(processor):
+    molecules, coordinates = ["CCO", "CCN"], [ETHANOL_3D, None]
+    found = {m: set(processor(molecules, coordinates, modality=m)) for m in ("auto", "2d", "3d", "2d+3d")}
+    assert found == {
+        "auto": ATOMS | RELATIONS | COORDINATES,
+        "2d": ATOMS | RELATIONS,
+        "3d": ATOMS | COORDINATES,
+        "2d+3d": ATOMS | RELATIONS | COORDINATES,
+    }
+    assert set(processor(molecules)) == ATOMS | RELATIONS  # nothing was given, nothing is made
+
+
+def test_modality_auto_takes_3d_conformers_but_no_drawings(processor):
+    drawing = Chem.MolFromSmiles("CCO")
+    conformer = Chem.Conformer(3)
+    conformer.SetPositions(ETHANOL_3D)
+    conformer.Set3D(False)
+    drawing.AddConformer(conformer)
+    assert processor([drawing, embedded("CCO")])["coordinates_mask"].tolist() == [False, True]
+
+
+def test_given_coordinates_win_over_generated_ones(processor):
+    batch = processor(["CCO", "CCO"], [ETHANOL_3D, None], modality="2d+3d")
+    torch.testing.assert_close(batch["coordinates"][0], torch.tensor(ETHANOL_3D, dtype=torch.float32))
+    assert batch["coordinates_mask"].all()
+    assert not torch.equal(batch["coordinates"][0], batch["coordinates"][1])
+
+
+def test_bad_coordinates_are_ignored_in_2d_mode_and_named_otherwise(processor):
+    processor("CCO", np.zeros((3, 3)), modality="2d")
+    for modality in ("auto", "2d+3d", "3d"):
+        with pytest.raises(MoleculeError, match="coordinates that are all zero"):
+            processor("CCO", np.zeros((3, 3)), modality=modality)
+
+
+def test_generated_conformers_depend_on_the_seed_alone():
+    first, again, other = (MoleBlendProcessor(modality="3d", conformer_seed=seed) for seed in (1, 1, 2))
+    coordinates = [p("CCCCO")["coordinates"] for p in (first, again, other)]
+    assert torch.equal(coordinates[0], coordinates[1])
+    assert not torch.equal(coordinates[0], coordinates[2])
+
+
+# Rejections and reports
+
+
+def test_skip_keeps_rows_and_labels_where_they_belong(processor):
+    molecules = ["CCO", "C1CC", "CC", None, "C"]
+    batch = processor(molecules, labels=[10, 11, 12, 13, 14], on_error="skip")
+    assert batch["kept_indices"].tolist() == [0, 2, 4]
+    assert batch["labels"].tolist() == [[10], [12], [14]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 2, 1]
+    assert [(index, molecule, stage) for index, molecule, stage, _ in processor.rejected] == [
+        (1, "C1CC", "parse"),
+        (3, None, "type"),
+    ]
+    assert processor.rejected[0].reason == "could not be parsed by RDKit: unclosed ring"
+    processor("CCO")
+    assert processor.rejected == []
+
+
+def test_raise_names_the_index_the_molecule_and_the_remedy(processor):
+    message = (
+        r"^Molecule 300 \('C1CC'\) could not be parsed by RDKit: unclosed ring\. Fix it, or pass on_error=\"skip\"\.$"
+    )
+    with pytest.raises(MoleculeError, match=message):
+        processor(["CC"] * 300 + ["C1CC"])
+
+
+def test_nothing_kept_is_an_error(processor):
+    with pytest.raises(
+        ValueError, match=r"None of the 2 molecules could be featurized \(2 at stage 'parse'\).*'C1CC'"
+    ):
+        processor(["C1CC", ""], on_error="skip")
+    assert len(processor.rejected) == 2
+
+
+def test_conformers_that_fail_are_fallbacks_in_2d3d_and_rejections_in_3d():
+    processor = MoleBlendProcessor(max_conformer_atoms=20)
+    molecules = ["CCO", "CCCCCCCCCC"]
+    batch = processor(molecules, modality="2d+3d")
+    assert batch["coordinates_mask"].tolist() == [True, False]
+    assert [(f.index, f.molecule) for f in processor.fallbacks] == [(1, "CCCCCCCCCC")]
+    assert "32 atoms with hydrogens are more than `max_conformer_atoms` = 20" in processor.fallbacks[0].reason
+    batch = processor(molecules, modality="3d", on_error="skip")
+    assert batch["kept_indices"].tolist() == [0]
+    assert [r.stage for r in processor.rejected] == ["conformer"]
+
+
+def test_values_never_seen_are_counted(processor):
+    processor(["[Na+]", "*C", "CCO"])
+    assert processor.unknown_values == {"hybridization": 2, "atomic_num": 1}
+
+
+# Graphs
+
+
+def test_featurize_and_pad_give_what_the_call_gives(processor):
+    molecules, labels = ["CCO", "c1ccccc1", embedded("CC")], [1.0, 2.0, 3.0]
+    graphs = [processor.featurize(molecule) for molecule in molecules]
+    expected = processor(molecules, labels=labels)
+    for name, value in processor.pad(graphs, labels).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_featurize_many_is_the_same_for_any_number_of_processes(processor):
+    molecules = ["C" * (1 + index % 30) for index in range(600)] + ["C1CC", Chem.MolFromSmiles("CCO")]
+    one = processor.featurize_many(molecules, on_error="skip")
+    rejected = processor.rejected
+    two = processor.featurize_many(molecules, on_error="skip", num_proc=2)
+    assert processor.rejected == rejected
+    assert len(one) == len(two) == 601
+    for first, second in zip(one, two, strict=True):
+        for name in MolecularGraph.__slots__:
+            assert np.array_equal(getattr(first, name), getattr(second, name))
+    with pytest.raises(ValueError, match="`num_proc` is 0"):
+        processor.featurize_many(["C"], num_proc=0)
+
+
+def test_pad_takes_the_conformer_it_is_told(processor):
+    ensemble = np.stack([ETHANOL_3D, ETHANOL_3D + 1.0])
+    graphs = [processor.featurize("CCO", ensemble), processor.featurize("CCO"), processor.featurize("CCO", ETHANOL_3D)]
+    first, chosen = processor.pad(graphs), processor.pad(graphs, conformer_index=[1, 7, 0])
+    torch.testing.assert_close(chosen["coordinates"][0], first["coordinates"][0] + 1.0)
+    assert torch.equal(chosen["coordinates"][1:], first["coordinates"][1:])
+    with pytest.raises(ValueError, match="`conformer_index` is 1 for graph 2, which has 1 conformers"):
+        processor.pad(graphs, conformer_index=1)
+
+
+def test_pad_names_graphs_that_lack_what_the_modality_needs(processor):
+    bare = processor.featurize((["C", "O"], ETHANOL_3D[:2]), modality="3d")
+    with pytest.raises(ValueError, match="Graph 1 has no bonds"):
+        processor.pad([processor.featurize("CC"), bare])
+    with pytest.raises(ValueError, match="Graph 1 has no coordinates, which modality='3d' needs"):
+        processor.pad([bare, processor.featurize("CC")], modality="3d")
+    with pytest.raises(ValueError, match="There are no graphs to pad"):
+        processor.pad([])
+
+
+# Settings, saving and loading
+
+
+def test_defaults_are_those_of_the_featurization():
+    saved = MoleBlendProcessor().to_dict()
+    assert {name: saved[name] for name in asdict(FeaturizationSettings())} == asdict(FeaturizationSettings())
+
+
+def test_settings_are_checked_at_construction():
+    with pytest.raises(ValueError, match="`hydrogens` is 'no', but has to be one of 'drop', 'keep', 'add'"):
+        MoleBlendProcessor(hydrogens="no")
+    with pytest.raises(ValueError, match=r"no setting \['hydrogenz'\]. Use one of: modality, hydrogens"):
+        MoleBlendProcessor(hydrogenz="drop")
+
+
+def test_saved_settings_come_back(tmp_path):
+    processor = MoleBlendProcessor(hydrogens="add", max_path_bonds=3, modality="2d")
+    processor("CCO")
+    processor.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "featurization_moleblend.py",
+        "molecules_moleblend.py",
+        "preprocessor_config.json",
+        "processing_moleblend.py",
+    ]
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved == processor.to_dict()
+    assert saved["auto_map"] == {
+        "AutoFeatureExtractor": "processing_moleblend.MoleBlendProcessor",
+        "AutoProcessor": "processing_moleblend.MoleBlendProcessor",
+    }
+    loaded = MoleBlendProcessor.from_pretrained(tmp_path, max_atoms=7)
+    assert loaded.to_dict() == {**saved, "max_atoms": 7}
+    assert processor("CCO")["path_bond_types"].shape == (1, 9, 9, 3)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+from transformers import AutoFeatureExtractor, AutoProcessor
+source, target = sys.argv[1:]
+for auto in (AutoProcessor, AutoFeatureExtractor):
+    processor = auto.from_pretrained(source, trust_remote_code=True)
+    assert processor.hydrogens == "add", processor
+    assert len(processor.featurize_many(["CCO", "C"], num_proc=2)) == 2
+    source = f"{target}/{auto.__name__}"
+    processor.save_pretrained(source)
+processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+assert processor("CCO")["atom_features"].shape == (1, 9, 9)
+assert not any(name.split(".")[0] == "moleblend_hf" for name in sys.modules)
+print("loaded")
+"""
+
+
+def test_loads_and_saves_again_in_a_process_without_the_package(tmp_path):
+    MoleBlendProcessor(hydrogens="add").save_pretrained(tmp_path / "source")
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "source"), str(tmp_path / "target")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout.strip().endswith("loaded"), result.stderr[-2000:]
