@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from moleblend_hf.featurization_moleblend import (
     shortest_paths,
 )
 from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeError, describe_molecule, read_sdf
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from drug_molecules import DRUG_SMILES
+from plain_featurization import featurize_plainly
 
 GOLDEN = Path(__file__).parent / "golden"
 AS_WRITTEN = FeaturizationSettings(canonical_atom_order=False)
@@ -90,6 +95,13 @@ def test_features_are_those_of_the_original(name):
         assert np.array_equal(graph.shortest_path_distance + 1, tensors["spatial_pos"][row, :n, :n])
         assert np.array_equal(original_hops, tensors["edge_input"][row, :n, :n])
         np.testing.assert_allclose(graph.coordinates[0], tensors["pos"][row, :n], atol=1e-6)
+
+
+def test_features_are_those_of_the_plain_implementation():
+    molecules = [*DRUG_SMILES, *MOLECULES, "[NH3]->[Cu]", "N[C@@H](C)c1cc[n+]([O-])cc1.[Fe+2]", "C#CC=C=C[N+]#[C-]"]
+    for smiles, graph in zip(molecules, featurize_molecules(molecules, None, AS_WRITTEN), strict=True):
+        for name, expected in featurize_plainly(smiles).items():
+            assert np.array_equal(getattr(graph, name), expected), (smiles, name)
 
 
 def test_vocabulary_sizes_are_those_of_ogb():
