@@ -92,8 +92,8 @@ class MoleBlendConfig(PreTrainedConfig):
     classifier_dropout (`float`, *optional*, defaults to 0.0):
         Dropout in the property head.
     target_means (`list[float]`, *optional*):
-        Mean of each regression target, in its own unit. Outputs are `target_means + target_stds * head output`.
-    target_stds (`list[float]`, *optional*):
+        Mean of each regression target, in its own unit. Outputs are `target_means + target_scales * head output`.
+    target_scales (`list[float]`, *optional*):
         Standard deviation of each regression target, in its own unit; the loss is taken in these units.
     target_units (`list[str]`, *optional*):
         Unit of each target, for people; the names of the targets are `id2label`.
@@ -146,7 +146,7 @@ class MoleBlendConfig(PreTrainedConfig):
     readout: Literal["graph_token", "mean", "sum"] = "graph_token"
     classifier_dropout: float | int = 0.0
     target_means: list[float | int] | tuple[float | int, ...] | None = None
-    target_stds: list[float | int] | tuple[float | int, ...] | None = None
+    target_scales: list[float | int] | tuple[float | int, ...] | None = None
     target_units: list[str] | tuple[str, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -229,20 +229,20 @@ class MoleBlendConfig(PreTrainedConfig):
                 f"`loss_weights` is {list(self.loss_weights)}; give 4 finite weights of 0 or more "
                 "(shortest path, bond path, relative position, denoising)."
             )
-        if (self.target_means is None) != (self.target_stds is None):
-            raise ValueError("`target_means` and `target_stds` belong together; give both or neither.")
-        for name in ("target_means", "target_stds", "target_units"):
+        if (self.target_means is None) != (self.target_scales is None):
+            raise ValueError("`target_means` and `target_scales` belong together; give both or neither.")
+        for name in ("target_means", "target_scales", "target_units"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_labels:
                 raise ValueError(f"`{name}` has {len(values)} entries for {self.num_labels} labels; give one a label.")
-        if self.target_means is not None and self.target_stds is not None:
+        if self.target_means is not None and self.target_scales is not None:
             if not all(math.isfinite(mean) for mean in self.target_means):
                 raise ValueError(f"`target_means` is {list(self.target_means)}; each must be finite.")
-            if not all(0 < std < math.inf for std in self.target_stds):
-                raise ValueError(f"`target_stds` is {list(self.target_stds)}; each must be positive and finite.")
+            if not all(0 < scale < math.inf for scale in self.target_scales):
+                raise ValueError(f"`target_scales` is {list(self.target_scales)}; each must be positive and finite.")
             if self.problem_type not in (None, "regression"):
                 raise ValueError(
-                    f'`target_means` and `target_stds` scale regression targets, but `problem_type` is "{self.problem_type}"; '
+                    f'`target_means` and `target_scales` scale regression targets, but `problem_type` is "{self.problem_type}"; '
                     'drop them or set `problem_type="regression"`.'
                 )
 

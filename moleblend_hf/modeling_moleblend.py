@@ -13,8 +13,8 @@
 # limitations under the License.
 """MoleBLEND: one transformer over the 2D graph and the 3D geometry of a molecule (arXiv 2307.06235).
 
-Read downward: constants, row selection, the three pair relations, attention, layer, encoder, heads. Tensors are named and
-shaped as the processor returns them.
+Read downward: constants, embeddings, the three pair relations, attention, layer, encoder, heads. Tensors are named and shaped
+as the processor returns them.
 """
 
 # Dimensions: B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path,
@@ -23,7 +23,7 @@ shaped as the processor returns them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,6 +51,7 @@ from .blending_moleblend import (
     shortest_path_labels,
 )
 from .configuration_moleblend import MoleBlendConfig
+from .rows_moleblend import RowSelection, drop_path, gathers, masked_cross_entropy, masked_mean
 
 # PARITY: the original writes pi as 3.14159 (molecule_encoder_layers.py, `gaussian`).
 GAUSSIAN_PI = 3.14159
@@ -76,70 +77,6 @@ MODEL_INPUTS_DOCSTRING = r"""
     coordinates_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
         Which molecules have coordinates. Left out, all have.
 """
-
-
-class RowSelection:
-    """The positions of a mask at which something is computed: `take` gathers them into rows, `put` puts rows back.
-
-    Padding is 40% of the tokens and 60% of the pairs of a batch of drug-like molecules, and blending hides relations of most
-    pairs; computing only what is read is the same function, cheaper. With `gather=False` every position is a row (shapes do
-    not depend on the data: for compilation, export and devices that would have to wait for the count) and `put` blanks the
-    positions that are not selected, so that both ways return the same.
-
-    Args:
-        mask (`torch.BoolTensor`): positions to select.
-        gather (`bool`): whether to gather the selected positions.
-    """
-
-    def __init__(self, mask: torch.Tensor, gather: bool):
-        self.shape = mask.shape
-        self.mask = mask
-        self.indices = mask.flatten().nonzero().squeeze(1) if gather else None
-
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """`(*mask.shape, ...)` to `(rows, ...)`."""
-        rows = values.flatten(0, self.mask.dim() - 1)
-        return rows if self.indices is None else rows.index_select(0, self.indices)
-
-    def put(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(rows, ...)` to `(*mask.shape, ...)`, zero where nothing is selected."""
-        if self.indices is None:
-            values = rows.unflatten(0, self.shape)
-            return values.masked_fill(~self.mask.view(*self.shape, *(1,) * (rows.dim() - 1)), 0)
-        values = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.indices, rows)
-        return values.unflatten(0, self.shape)
-
-    def sum_last(self, rows: torch.Tensor) -> torch.Tensor:
-        """`put(rows)` summed over the last dimension of the mask, without building it: `(*mask.shape[:-1], ...)`."""
-        if self.indices is None:
-            return self.put(rows).sum(self.mask.dim() - 1)
-        *outer, last = self.shape
-        sums = rows.new_zeros(self.mask.numel() // last, *rows.shape[1:])
-        return sums.index_add(0, self.indices // last, rows).unflatten(0, outer)
-
-
-def gathers(tensor: torch.Tensor) -> bool:
-    """Whether `RowSelection` should gather: counting rows is free on CPU, a synchronisation elsewhere, a graph break compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
-    """Mean of `values` where `mask` is true; 0 with zero gradient where nothing is."""
-    return values.masked_fill(~mask, 0).sum(dim) / mask.sum(dim).clamp(min=1)
-
-
-def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, gather: bool) -> torch.Tensor:
-    """Cross entropy of `logits (..., C)`, in fp32, averaged over the labels that are not -100; 0 where all are."""
-    rows = RowSelection(labels != IGNORED_LABEL, gather)
-    losses = F.cross_entropy(rows.take(logits).float(), rows.take(labels), ignore_index=IGNORED_LABEL, reduction="sum")
-    return losses / rows.mask.sum().clamp(min=1)
-
-
-def drop_path(hidden_states: torch.Tensor, rate: float, tokens: RowSelection) -> torch.Tensor:
-    """Stochastic depth: zeroes the branch of whole molecules and scales the others up. `hidden_states` is `(rows, D)`."""
-    kept = torch.rand(tokens.shape[0], 1, device=hidden_states.device) >= rate
-    scale = kept.to(hidden_states.dtype) / (1 - rate)
-    return hidden_states * tokens.take(scale.expand(tokens.shape)).unsqueeze(-1)
 
 
 class MoleBlendLayerNorm(nn.LayerNorm):
@@ -410,19 +347,15 @@ class MoleBlendModelOutput(ModelOutput):
     attention_bias: torch.Tensor | None = None
 
 
-@auto_docstring(custom_intro="Output of [`MoleBlendModel.embed`].")
-@dataclass
-class MoleBlendEmbeddingsOutput(ModelOutput):
-    r"""
-    Args:
-        molecule_embeddings (`torch.FloatTensor` of shape `(num_molecules, hidden_size)`):
-            State of the graph token of each molecule, in the order given.
-        atom_embeddings (`list(torch.FloatTensor)`):
-            For each molecule, the states of its atoms `(num_atoms, hidden_size)`, in the molecule's own atom order.
+class MoleBlendEmbeddingsOutput(NamedTuple):
+    """What [`MoleBlendModel.embed`] returns, in the order of the molecules given.
+
+    `molecule_embeddings` are the states of the graph tokens, `(num_molecules, hidden_size)`; `atom_embeddings` holds for each
+    molecule the states of its atoms, `(num_atoms, hidden_size)`, in the molecule's own atom order.
     """
 
-    molecule_embeddings: torch.Tensor | None = None
-    atom_embeddings: list[torch.Tensor] | None = None
+    molecule_embeddings: torch.Tensor
+    atom_embeddings: list[torch.Tensor]
 
 
 @auto_docstring
@@ -559,11 +492,14 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         graph_token = self.graph_token.expand(batch_size, 1, -1)
         hidden_states = self.embedding_norm(tokens.take(torch.cat([graph_token, atom_states], dim=1)))
         hidden_states = self.embedding_dropout(hidden_states)
-        all_hidden_states = [tokens.put(hidden_states)] if output_hidden_states else []
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_bias, tokens, **kwargs)
+        all_hidden_states = []
+        for layer in [*self.layers, None]:
             if output_hidden_states:
+                # In the graph, so that gradients reach them.
                 all_hidden_states.append(tokens.put(hidden_states))
+                hidden_states = tokens.take(all_hidden_states[-1])
+            if layer is not None:
+                hidden_states = layer(hidden_states, attention_bias, tokens, **kwargs)
 
         last_hidden_state = tokens.put(hidden_states)
         return MoleBlendModelOutput(
@@ -817,17 +753,6 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendForPreTrainingOutput:
-        r"""
-        Example:
-
-        ```python
-        >>> from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
-
-        >>> processor, model = MoleBlendProcessor(), MoleBlendForPreTraining(MoleBlendConfig())
-        >>> outputs = model(**processor(["CCO", "c1ccccc1"], modality="2d+3d", return_tensors="pt"))
-        >>> outputs.loss.backward()
-        ```
-        """
         batch_size, num_atoms = atom_features.shape[:2]
         device = atom_features.device
         gather = gathers(atom_features)
@@ -993,9 +918,9 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         if problem_type == "multi_label_classification":
             return masked_mean(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none"), present)
         # CODEPATH: regression checkpoints fine-tuned with scaled targets; converted ones have none.
-        if self.config.target_stds is not None:
+        if self.config.target_scales is not None:
             labels = (labels - labels.new_tensor(self.config.target_means)) / labels.new_tensor(
-                self.config.target_stds
+                self.config.target_scales
             )
         return masked_mean(F.mse_loss(outputs, labels, reduction="none"), present)
 
@@ -1020,7 +945,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
-        `logits` are in the targets' own units for regression (`config.target_means` and `config.target_stds`).
+        `logits` are in the targets' own units for regression (`config.target_means` and `config.target_scales`).
 
         Example:
 
@@ -1055,8 +980,10 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
                 logits = logits / atom_mask.sum(1, keepdim=True).clamp(min=1)
         loss = None if labels is None else self._loss(logits, labels)
         # CODEPATH: as in the loss, checkpoints fine-tuned with scaled targets.
-        if self.config.target_stds is not None:
-            logits = logits * logits.new_tensor(self.config.target_stds) + logits.new_tensor(self.config.target_means)
+        if self.config.target_scales is not None:
+            logits = logits * logits.new_tensor(self.config.target_scales) + logits.new_tensor(
+                self.config.target_means
+            )
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -25,7 +25,7 @@ def test_vocabularies_are_those_of_the_featurizer():
 
 
 def test_saved_and_loaded_configs_are_equal(tmp_path):
-    config = tiny_config(num_labels=2, target_means=[1.0, 2.0], target_stds=[0.5, 3.0], target_units=["eV", "debye"])
+    config = tiny_config(num_labels=2, target_means=[1.0, 2.0], target_scales=[0.5, 3.0], target_units=["eV", "debye"])
     config.save_pretrained(tmp_path)
     assert MoleBlendConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     json.dumps(config.to_dict())
@@ -50,12 +50,12 @@ def test_saved_and_loaded_configs_are_equal(tmp_path):
         ({"num_shortest_path_classes": 1}, "set it to 2 or more"),
         ({"num_shortest_path_distances": 3}, "at least 4 rows"),
         ({"target_means": [0.0], "num_labels": 1}, "give both or neither"),
-        ({"target_means": [0.0], "target_stds": [1.0], "num_labels": 2}, "has 1 entries for 2 labels"),
-        ({"target_means": [0.0], "target_stds": [0.0], "num_labels": 1}, "each must be positive and finite"),
+        ({"target_means": [0.0], "target_scales": [1.0], "num_labels": 2}, "has 1 entries for 2 labels"),
+        ({"target_means": [0.0], "target_scales": [0.0], "num_labels": 1}, "each must be positive and finite"),
         (
             {
                 "target_means": [0.0, 0.0],
-                "target_stds": [1.0, 1.0],
+                "target_scales": [1.0, 1.0],
                 "num_labels": 2,
                 "problem_type": "multi_label_classification",
             },

@@ -19,6 +19,7 @@ from moleblend_hf import (
 )
 from moleblend_hf import blending_moleblend as blending
 from moleblend_hf import modeling_moleblend as modeling
+from moleblend_hf import rows_moleblend as rows
 
 SAMPLE = Path(__file__).parents[1] / "training" / "sample" / "qm9_sample.parquet"
 RELATIONS = ("degree", "shortest_path_distance", "path_bond_types")
@@ -276,9 +277,9 @@ def test_torch_export_of_the_encoder_takes_other_sizes(batch, processor):
 
 
 def test_drop_path_drops_molecules(batch):
-    tokens = modeling.RowSelection(torch.nn.functional.pad(batch["attention_mask"].bool(), (1, 0), value=True), True)
-    rows = torch.ones(int(tokens.mask.sum()), 3)
-    dropped = tokens.put(modeling.drop_path(rows, 0.5, tokens))
+    tokens = rows.RowSelection(torch.nn.functional.pad(batch["attention_mask"].bool(), (1, 0), value=True), True)
+    ones = torch.ones(int(tokens.mask.sum()), 3)
+    dropped = tokens.put(rows.drop_path(ones, 0.5, tokens))
     for molecule, mask in zip(dropped, tokens.mask, strict=True):
         values = molecule[mask]
         assert (values == values[0]).all()
@@ -427,10 +428,10 @@ def test_pretraining_overfits_a_small_batch(batch):
 
 
 def test_regression_is_in_original_units_and_its_loss_in_standard_deviations(batch):
-    scaled = tiny_config(num_labels=2, problem_type="regression", target_means=[5.0, -3.0], target_stds=[2.0, 0.5])
+    scaled = tiny_config(num_labels=2, problem_type="regression", target_means=[5.0, -3.0], target_scales=[2.0, 0.5])
     model = MoleBlendForSequenceClassification(scaled).eval()
     plain = copy.deepcopy(model)
-    plain.config.target_means = plain.config.target_stds = None
+    plain.config.target_means = plain.config.target_scales = None
     raw = plain(**batch).logits
     outputs = model(**batch, labels=raw * torch.tensor([2.0, 0.5]) + torch.tensor([7.0, -3.5]))
     torch.testing.assert_close(outputs.logits, raw * torch.tensor([2.0, 0.5]) + torch.tensor([5.0, -3.0]))

@@ -8,7 +8,7 @@ import torch
 from tiny import golden_losses, golden_model, golden_molecules, golden_tensors
 
 from moleblend_hf import MoleBlendProcessor
-from moleblend_hf.modeling_moleblend import RowSelection
+from moleblend_hf.rows_moleblend import RowSelection
 
 ENCODER = "encoder.molecule_encoder."
 ATOL = 2e-5
