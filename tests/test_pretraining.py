@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import make_sample
 import numpy as np
-import pretrain
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +21,8 @@ from rdkit.Chem.rdDistGeom import EmbedMolecule
 from safetensors.torch import load_file
 
 import data
+import make_sample
+import pretrain
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 
 TRAINING = Path(pretrain.__file__).parent
@@ -33,6 +33,10 @@ TINY = [
     "num_hidden_layers=2",
     "num_attention_heads=2",
     "num_distance_kernels=8",
+    # The sample's recipe drops nothing; here the random state of a run must matter.
+    "attention_dropout=0.1",
+    "activation_dropout=0.1",
+    "drop_path_rate=0.1",
 ]
 SHORT = ["--max_steps", "2", "--warmup_steps", "1", "--batch_size", "8", "--held_out_molecules", "8"]
 
@@ -298,6 +302,7 @@ def test_a_flag_wins_over_the_file_and_numbers_are_numbers(tmp_path):
         ({"max_steps": "many"}, "max_steps must be of type int, got 'many'"),
         ({"batch_size": 2.5}, "batch_size must be of type int, got 2.5"),
         ({"eval_steps": 0}, "eval_steps must be 1 or more, got 0"),
+        ({"mixed_precision": False}, r"one of 'no', 'fp16', 'bf16' \(in quotes\), got False"),  # YAML's reading of no
         ({"dataset": None}, "names no dataset. .* --dataset"),
         ({"warmup_steps": "missing"}, "gives no warmup_steps"),
     ],

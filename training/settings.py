@@ -58,6 +58,10 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     for name, value in flags.items():
         # A mapping is updated by its flag, not replaced: `--model hidden_size=64` changes that one value.
         values[name] = {**(values.get(name) or {}), **_key_values(name, value)} if isinstance(value, list) else value
+    for name, value in values.items():
+        choices = fields[name].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (in quotes), got {value!r}.")
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise ValueError(f"{path} gives no {', '.join(missing)}. Add the key there or give the flag.")
