@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = torch.Generator(device=accelerator.device)
 
     facts: dict[str, Any] = {
-        "command": "accelerate launch training/pretrain.py " + shlex.join(sys.argv[1:] if argv is None else argv),
+        "command": shlex.join("accelerate launch training/pretrain.py".split() + (sys.argv[1:] if argv is None else argv)),
         "settings": dataclasses.asdict(settings),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_training": len(training_rows),
