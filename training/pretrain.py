@@ -283,8 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     generator = torch.Generator(device=accelerator.device)
 
+    arguments = sys.argv[1:] if argv is None else argv
     facts: dict[str, Any] = {
-        "command": shlex.join("accelerate launch training/pretrain.py".split() + (sys.argv[1:] if argv is None else argv)),
+        "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *arguments]),
         "settings": dataclasses.asdict(settings),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_training": len(training_rows),
