@@ -18,14 +18,14 @@ because asking RDKit atom by atom from Python is what costs: one getter runs ove
 shortest paths are found for dozens of molecules of like size at a time. The result for a molecule does not depend on
 its neighbours in the call.
 
-Features come back in the atom order of the input, but do not depend on it: whatever has to choose (which of several
-shortest paths, from where a stereocentre is looked at) chooses by RDKit's canonical ranks.
+Features come back in the atom order of the input, but do not depend on it: of several shortest paths the one with the
+smallest bond types is taken, and stereocentres are looked at by RDKit's canonical ranks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -73,11 +73,12 @@ NUM_JOINT_BOND_TYPES = len(BOND_TYPES) * len(BOND_STEREO) * 2
 MAX_DISTANCE = 509  # longest shortest path that is told apart, in bonds
 UNREACHABLE_DISTANCE = 510
 
-_CLOCKWISE, _COUNTERCLOCKWISE = 2, 3  # indices of the chirality vocabulary, with the offset of one
+_CLOCKWISE, _COUNTERCLOCKWISE, _OTHER_CHIRALITY = 2, 3, 4  # indices of the vocabulary, with the offset of one
 _CIS, _TRANS = 4, 5  # in RDKit's enum of bond stereo
 _ORDER_BY_BOND_TYPE = {"SINGLE": 1.0, "DOUBLE": 2.0, "TRIPLE": 3.0, "AROMATIC": 1.5}
 # Between these RDKit makes no dative bond by itself.
 _ORDINARY_ELEMENTS = frozenset((1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53))
+_BITS_A_BOND = 6  # a joint bond type is at most 60
 _PAIRS_A_GROUP = 40_000  # atom pairs handled together: small enough for the cache, large enough to hide Python
 
 
@@ -163,7 +164,6 @@ class _FlatMolecules:
         num_atoms, num_bonds: (M,) of each molecule.
         atom_features: (A, 9) uint8, indices + 1.
         degree: (A,) int16.
-        rank: (A,) position of each atom of a molecule in its canonical order, or in the input's.
         begin, end: (E,) ends of each bond, counted within the molecule.
         bond_types: (E,) uint8 joint index, 1..60.
         unknown: (M, 9 + 1) number of values in no vocabulary, by atom feature and for bond stereo.
@@ -173,7 +173,6 @@ class _FlatMolecules:
     num_bonds: np.ndarray
     atom_features: np.ndarray
     degree: np.ndarray
-    rank: np.ndarray
     begin: np.ndarray
     end: np.ndarray
     bond_types: np.ndarray
@@ -190,7 +189,7 @@ def _graphs(parsed: list[ParsedMolecule], settings: FeaturizationSettings) -> li
         if len(parsed) > 1:
             return [_graphs([molecule], settings)[0] for molecule in parsed]
         return [MoleculeError(f"could not be featurized by RDKit: {first_line(error)}", "features", "Fix it")]
-    return _assemble(parsed, flat, settings.max_path_bonds)
+    return _assemble(parsed, flat, settings)
 
 
 @cache
@@ -299,10 +298,11 @@ def _flatten(parsed: list[ParsedMolecule], canonical_atom_order: bool) -> _FlatM
         centre, first, second = _neighbour_pairs(atom_features[:, 1], begin + bond_start, end + bond_start)
         atom_features[:, 1] = _canonical_chirality(atom_features[:, 1], centre, rank[first] > rank[second])
         ring_pairs = atom_features[centre, 8] == 2
-        for index in _with_tied_neighbours(parsed, parts, centre[ring_pairs], first[ring_pairs], second[ring_pairs]):
-            settled = _order_of_canonical_smiles(parsed[index].mol)
-            if settled is not None:
-                rank[parts[index]], atom_features[parts[index], 1] = settled
+        pairs = centre[ring_pairs], first[ring_pairs], second[ring_pairs]
+        for index, tied, classes in _tied_centres(parsed, parts, *pairs):
+            atom_features[parts[index], 1] = _settled_chirality(
+                parsed[index].mol, atom_features[parts[index], 1], tied, classes
+            )
     for molecule, start, size in zip(parsed, first_atom, num_atoms, strict=True):
         if not molecule.has_bonds:  # nothing is known but the element
             atom_features[start : start + size, 2:7] = ATOM_FEATURE_SIZES[2:7]
@@ -311,7 +311,6 @@ def _flatten(parsed: list[ParsedMolecule], canonical_atom_order: bool) -> _FlatM
         num_bonds=num_bonds,
         atom_features=atom_features,
         degree=degree.astype(np.int16),
-        rank=rank,
         begin=begin,
         end=end,
         bond_types=bond_types,
@@ -387,36 +386,49 @@ def _canonical_chirality(tags: np.ndarray, centre: np.ndarray, swapped: np.ndarr
     return np.where(is_odd, _CLOCKWISE + _COUNTERCLOCKWISE - tags, tags)
 
 
-def _with_tied_neighbours(
+def _tied_centres(
     parsed: list[ParsedMolecule], parts: list[slice], centre: np.ndarray, first: np.ndarray, second: np.ndarray
-) -> np.ndarray:
-    """Returns which molecules have one of these stereocentres between neighbours that only stereo tells apart."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields molecules that have stereocentres between neighbours that only stereo tells apart.
+
+    With the index of each come those of the centres in it, and the class of each of its atoms without stereo.
+    """
     starts = np.array([part.start for part in parts])
     in_molecule = np.searchsorted(starts, centre, side="right") - 1
-    classes = -np.arange(parts[-1].stop)
     for index in np.unique(in_molecule):
-        classes[parts[index]] = list(_canonical_ranks(parsed[index].mol, break_ties=False, include_chirality=False))
-    return np.unique(in_molecule[classes[first] == classes[second]])
+        classes = np.array(list(_canonical_ranks(parsed[index].mol, break_ties=False, include_chirality=False)))
+        here = in_molecule == index
+        ends = (values[here] - starts[index] for values in (centre, first, second))
+        atom, one, other = ends
+        tied = np.unique(atom[classes[one] == classes[other]])
+        if len(tied):
+            yield int(index), tied, classes
 
 
-def _order_of_canonical_smiles(mol: "Chem.Mol") -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns ranks (n,) and chirality (n,) of a molecule as its canonical SMILES has them.
+def _settled_chirality(mol: "Chem.Mol", chirality: np.ndarray, tied: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Returns chirality (n,) where centres between tied neighbours do not depend on the order of the input.
 
-    As in 1,4-dimethylcyclohexane: which of the two neighbours in the ring ranks first is arbitrary, and the clockwise
-    of both centres turns over with it. RDKit settles that when it writes the canonical SMILES. None if that fails.
+    As in 1,4-dimethylcyclohexane: which of the two neighbours in the ring comes first is arbitrary, and clockwise turns
+    over with it. RDKit settles that when it writes the canonical SMILES, but not which of several equivalent centres
+    comes first in it. So a class of centres has the chirality that it has there if it is the same for all, and "other"
+    if it is not: cis and trans stay apart, and equivalent atoms equal.
     """
     copy = canonical_copy(mol)
     if copy is None:
-        return None
+        return chirality
     canonical, order = copy
     columns = _Columns()
     columns.extend(ParsedMolecule(canonical, None), canonical_atom_order=False)
     tags = _position_of_name(columns.chirality, "ChiralType", "chirality")
     centre, first, second = _neighbour_pairs(tags, np.array(columns.begin), np.array(columns.end))
-    rank, chirality = np.empty(len(order), dtype=np.int64), np.empty_like(tags)
-    rank[order] = np.arange(len(order))
-    chirality[order] = _canonical_chirality(tags, centre, first > second)
-    return rank, chirality
+    in_smiles = np.empty_like(tags)
+    in_smiles[order] = _canonical_chirality(tags, centre, first > second)
+    settled = chirality.copy()
+    for group in np.unique(classes[tied]):
+        members = tied[classes[tied] == group]
+        found = np.unique(in_smiles[members])
+        settled[members] = found[0] if len(found) == 1 else _OTHER_CHIRALITY
+    return settled
 
 
 def _count_unknown(
@@ -435,12 +447,12 @@ def _count_unknown(
 # Pairs of atoms
 
 
-def _assemble(parsed: list[ParsedMolecule], flat: _FlatMolecules, max_path_bonds: int) -> list[Any]:
+def _assemble(parsed: list[ParsedMolecule], flat: _FlatMolecules, settings: FeaturizationSettings) -> list[Any]:
     """Cuts the flat arrays into graphs; pairs are worked out for molecules of like size together."""
     atom_stop, bond_stop = np.cumsum(flat.num_atoms), np.cumsum(flat.num_bonds)
     graphs: list[Any] = [None] * len(parsed)
     for group in _groups_of_like_size(flat.num_atoms):
-        distance, path_bond_types = _pair_relations(flat, group, atom_stop, bond_stop, max_path_bonds)
+        distance, path_bond_types = _pair_relations(flat, group, atom_stop, bond_stop, settings)
         for row, index in enumerate(group):
             molecule, size = parsed[index], flat.num_atoms[index]
             start, stop = atom_stop[index] - size, atom_stop[index]
@@ -475,45 +487,106 @@ def _groups_of_like_size(sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _pair_relations(
-    flat: _FlatMolecules, group: np.ndarray, atom_stop: np.ndarray, bond_stop: np.ndarray, max_path_bonds: int
+    flat: _FlatMolecules,
+    group: np.ndarray,
+    atom_stop: np.ndarray,
+    bond_stop: np.ndarray,
+    settings: FeaturizationSettings,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns distances (B, N, N) int16 and bonds on paths (B, N, N, P) uint8 of a group, padded, in input order."""
     sizes, bonds = flat.num_atoms[group], flat.num_bonds[group]
     num, width = len(group), int(sizes.max())
     atom_row, atom = _ragged(sizes)
-    rank = np.tile(np.arange(width), (num, 1))  # padding keeps its place
-    rank[atom_row, atom] = flat.rank[np.repeat(atom_stop[group] - sizes, sizes) + atom]
-    degree = np.zeros_like(rank)
+    degree = np.zeros((num, width), dtype=np.int16)
     degree[atom_row, atom] = flat.degree[np.repeat(atom_stop[group] - sizes, sizes) + atom]
     # No shortest path leads through an atom with one bond: those go last and are left out as intermediate atoms.
-    order = np.lexsort((rank, degree < 2), axis=1)
-    rank = np.argsort(order, axis=1)
+    order = np.argsort(degree < 2, axis=1, kind="stable")
+    place = np.argsort(order, axis=1)
     num_inner = int((degree > 1).sum(axis=1).max())
     bond_row, bond = _ragged(bonds)
     bond += np.repeat(bond_stop[group] - bonds, bonds)
     begin, end = flat.begin[bond], flat.end[bond]
 
-    ranked_bonds = np.zeros((num, width, width), dtype=bool)
-    begin_rank, end_rank = rank[bond_row, begin], rank[bond_row, end]
-    ranked_bonds[bond_row, begin_rank, end_rank] = ranked_bonds[bond_row, end_rank, begin_rank] = True
-    distance, next_atom = shortest_paths(ranked_bonds, num_inner)
+    bonded = np.zeros((num, width, width), dtype=bool)
+    begin_place, end_place = place[bond_row, begin], place[bond_row, end]
+    bonded[bond_row, begin_place, end_place] = bonded[bond_row, end_place, begin_place] = True
+    distance, next_atom = shortest_paths(bonded, num_inner)
 
-    # Back to the input's order: entry (i, j) lies at (rank of i, rank of j), and names atoms by rank.
+    # Back to the input's order: entry (i, j) lies at (place of i, place of j), and names atoms by their place.
     row = np.arange(num)[:, None, None] * width
-    ranked_pair = (row + rank[:, :, None]) * width + rank[:, None, :]
-    distance = distance.take(ranked_pair)
-    next_atom = order.take(row + next_atom.take(ranked_pair))
+    pair = (row + place[:, :, None]) * width + place[:, None, :]
+    distance = distance.take(pair)
+    next_atom = order.take(row + next_atom.take(pair))
 
     bond_types = np.zeros((num, width, width), dtype=np.uint8)
     bond_types[bond_row, begin, end] = bond_types[bond_row, end, begin] = flat.bond_types[bond]
     atoms = np.arange(width)
-    paths = np.empty((num, width, width, max_path_bonds), dtype=np.uint8)
     hop = bond_types.take((row + atoms[:, None]) * width + next_atom)
     after_next = (row + next_atom) * width + atoms  # where the path goes on: from the next atom to the same end
-    for index in range(max_path_bonds):
-        paths[..., index] = hop
+    # The path as one number, six bits a bond, the first bond highest.
+    num_hops = settings.max_path_bonds
+    shifts = [_BITS_A_BOND * (num_hops - 1 - index) for index in range(num_hops)]
+    path = np.zeros(hop.shape, dtype=np.uint32 if num_hops <= 5 else np.uint64)
+    for shift in shifts:
+        path |= hop.astype(path.dtype) << path.dtype.type(shift)
         hop = hop.take(after_next)
-    return distance, paths
+    if settings.canonical_atom_order:
+        ends = (np.tile(bond_row, 2), np.concatenate([begin, end]), np.concatenate([end, begin]))
+        path = _smallest_paths(path, distance, *ends, np.tile(flat.bond_types[bond], 2), shifts[0])
+    last_bond = path.dtype.type((1 << _BITS_A_BOND) - 1)
+    paths = np.stack([path >> path.dtype.type(shift) & last_bond for shift in shifts], axis=-1)
+    return distance, paths.astype(np.uint8)
+
+
+def _smallest_paths(
+    path: np.ndarray,
+    distance: np.ndarray,
+    row: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    bond_types: np.ndarray,
+    first_shift: int,
+) -> np.ndarray:
+    """Returns for each pair the smallest of its shortest paths, compared bond by bond.
+
+    Where two shortest paths tie, the one that Floyd-Warshall finds depends on the order of the atoms, and so would what
+    equivalent atoms look like. The smallest does not.
+
+    Args:
+        path: (B, N, N) some shortest path of each pair as a number.
+        distance: (B, N, N) in bonds.
+        row, begin, end, bond_types: (2E,) each bond in both directions.
+        first_shift: bits below the first bond of a path.
+    """
+    shape, width, dtype = path.shape, path.shape[-1], path.dtype.type
+    distance, path = distance.reshape(-1, width), path.reshape(-1, width)
+    atom, neighbour = row * width + begin, row * width + end
+    # Bonds sorted so that the first ones of all atoms come first, then the second ones and so on, each time the atoms
+    # with most bonds ahead: the atoms that have an n-th bond are the first so many of those that have one.
+    degree = np.bincount(atom, minlength=len(path))
+    by_atom = np.argsort(atom, kind="stable")
+    column = np.empty_like(atom)
+    _, column[by_atom] = _ragged(degree)
+    sort = np.lexsort((atom, -degree[atom], column))
+    atom, neighbour = atom[sort], neighbour[sort]
+    first_bond = bond_types[sort].astype(path.dtype) << dtype(first_shift)
+    # The first bond of a path that takes this bond, to each atom; all bits where that would be a detour.
+    is_detour = distance[neighbour] + 1 != distance[atom]
+    onset = np.where(is_detour, np.iinfo(path.dtype).max, first_bond[:, None])
+    stops = np.cumsum(np.bincount(column))
+    bonded = atom[: stops[0]] if len(atom) else atom
+    while len(bonded):
+        onward = (path >> dtype(_BITS_A_BOND))[neighbour]
+        onward |= onset
+        smallest = onward[: stops[0]]
+        for start, stop in pairwise(stops):
+            np.minimum(smallest[: stop - start], onward[start:stop], out=smallest[: stop - start])
+        current = path[bonded]
+        np.minimum(smallest, current, out=smallest)
+        if np.array_equal(smallest, current):
+            break
+        path[bonded] = smallest
+    return path.reshape(shape)
 
 
 def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,7 @@ except ImportError:
 
 MIN_ATOM_SEPARATION = 1e-4  # angstrom; closer atoms are taken for missing coordinates
 FRAGMENT_GAP = 3.0  # angstrom; between the fragments of an embedded salt, before MMFF
+MAX_PATH_BONDS = 10  # what a path packed into one integer holds
 HYDROGENS = ("drop", "keep", "add")
 MODALITIES = ("auto", "2d", "3d", "2d+3d")
 BONDS = (None, "determine")
@@ -119,6 +120,10 @@ class FeaturizationSettings:
             value, least = getattr(self, name), minimum.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
                 raise ValueError(f"`{name}` is {value!r}, but has to be an integer of at least {least}. Pass one.")
+        if self.max_path_bonds > MAX_PATH_BONDS:
+            raise ValueError(
+                f"`max_path_bonds` is {self.max_path_bonds}, but has to be at most {MAX_PATH_BONDS}. Pass a smaller one."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,8 +57,9 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         hydrogens (`str`, *optional*, defaults to `"drop"`):
             `"drop"` removes explicit hydrogens, `"keep"` leaves those that are written, `"add"` makes all of them atoms.
         canonical_atom_order (`bool`, *optional*, defaults to `True`):
-            Whether ties (between shortest paths, and in what clockwise refers to) are broken by RDKit's canonical ranks.
-            `False` follows the order in which the atoms are written, as the original implementation does.
+            Whether the features are independent of the order in which the atoms are written: the smallest of several
+            shortest paths, and clockwise as seen by RDKit's canonical ranks. `False` follows the order as written, as the
+            original implementation does.
         bonds (`str`, *optional*):
             What to do with `(symbols, coordinates)` pairs, which have no bonds: `"determine"` lets RDKit find them, for
             which all hydrogens have to be there; `None` allows `modality="3d"` only.
