@@ -144,11 +144,10 @@ def main(argv: list[str] | None = None) -> None:
         steps = {name: Step(name, batch, dtype) for name in VARIANTS}
         if args.compile:
             steps["ours, compiled"] = Step("ours", batch, dtype, compiled=True)
-        for step in steps.values():
-            step()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(args.repeats):
             for name, step in steps.items():
+                step()  # finds the memory that the other variants gave back
                 seconds[name].append(step())
         del steps, step
         print(f"\n{dtype}: median of {args.repeats} steps, interleaved; memory of a process of its own, MiB")

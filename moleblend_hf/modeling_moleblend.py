@@ -51,14 +51,13 @@ from .blending_moleblend import (
     shortest_path_labels,
 )
 from .configuration_moleblend import MoleBlendConfig
-from .rows_moleblend import RowSelection, drop_path, gathers, masked_cross_entropy, masked_mean
+from .rows_moleblend import RowSelection, drop_path, drop_values, gathers, masked_cross_entropy, masked_mean
 
 # PARITY: the original writes pi as 3.14159 (molecule_encoder_layers.py, `gaussian`).
 GAUSSIAN_PI = 3.14159
 # Added to each kernel's width, and to a distance before dividing by it.
 GAUSSIAN_WIDTH_OFFSET = 0.01
-DIRECTION_EPS = 1e-5
-PAIR_NORM_EPS = 1e-12
+DIRECTION_EPS, PAIR_NORM_EPS = 1e-5, 1e-12
 
 MODEL_INPUTS_DOCSTRING = r"""
     atom_features (`torch.LongTensor` of shape `(batch_size, num_atoms, 9)`):
@@ -203,9 +202,11 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
+    scores = torch.baddbmm(
+        attention_mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype).view(attention_mask.shape)
+    probabilities = drop_values(probabilities, dropout, module.training)
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
 
 
@@ -235,6 +236,9 @@ class MoleBlendAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.training and self.attention_dropout > 0 and gathers(query):
+            # On CPU there is no fused kernel with dropout: SDPA would compute the same, slower.
+            attention_interface = eager_attention_forward
         context, probabilities = attention_interface(
             self,
             query,
@@ -253,11 +257,12 @@ class MoleBlendMLP(nn.Module):
         super().__init__()
         self.dense_in = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.activation_dropout)
+        self.activation_dropout = config.activation_dropout
         self.dense_out = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_out(self.dropout(self.act_fn(self.dense_in(hidden_states))))
+        hidden_states = drop_values(self.act_fn(self.dense_in(hidden_states)), self.activation_dropout, self.training)
+        return self.dense_out(hidden_states)
 
 
 class MoleBlendLayer(GradientCheckpointingLayer):
@@ -473,9 +478,11 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
             pairs = RowSelection(shown(pair_mask, PAIR_BOND_PATH), gather)
             pair_bias = pair_bias + pairs.put(self.attention_bias.bond_path_bias(pairs.take(path_bond_types)))
         if coordinates is not None:
-            has_distance = pair_mask if coordinates_mask is None else pair_mask & coordinates_mask[:, None, None]
+            coordinates, has_distance = coordinates.float(), pair_mask
+            if coordinates_mask is not None:
+                coordinates = coordinates.masked_fill(~coordinates_mask[:, None, None], 0)
+                has_distance = pair_mask & coordinates_mask[:, None, None]
             pairs = RowSelection(has_distance, gather)
-            coordinates = coordinates.float()
             distances = torch.linalg.vector_norm(coordinates.unsqueeze(1) - coordinates.unsqueeze(2), dim=-1)
             distance_embeddings = self.distance_embedding(atom_features[..., 0], distances, pairs)  # (rows, K)
             distance_states = self.atom_distance_proj(pairs.sum_last(distance_embeddings).to(self.dtype))
@@ -632,7 +639,7 @@ class MoleBlendCoordinateDenoisingHead(nn.Module):
         key = self.key_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling + attention_bias
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        probabilities = F.dropout(probabilities, p=self.attention_dropout, training=self.training)
+        probabilities = drop_values(probabilities, self.attention_dropout, self.training)
         out_weight = self.out_proj.weight.unflatten(1, (self.num_heads, -1))  # (3, H, D / H)
         value_weight = self.value_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, D / H, D)
         value_bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D / H)
@@ -753,8 +760,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendForPreTrainingOutput:
-        batch_size, num_atoms = atom_features.shape[:2]
-        device = atom_features.device
+        (batch_size, num_atoms), device = atom_features.shape[:2], atom_features.device
         gather = gathers(atom_features)
         atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
         pair_mask = atom_mask.unsqueeze(2) & atom_mask.unsqueeze(1)
@@ -766,29 +772,23 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             has_coordinates = coordinates_mask.bool()
 
         # Draw what is shown, and the noise.
+        config, everyone = self.config, torch.ones_like(has_coordinates)
         if pair_modality_ids is None:
-            relations = (shortest_path_distance, path_bond_types)
-            available = [has_coordinates.new_full((batch_size,), relation is not None) for relation in relations]
-            available_relations = torch.stack([*available, has_coordinates], dim=-1)
+            has_bonds = [everyone & (relation is not None) for relation in (shortest_path_distance, path_bond_types)]
+            available = torch.stack([*has_bonds, has_coordinates], dim=-1)
             pair_modality_ids = draw_pair_modalities(
-                available_relations,
-                num_atoms,
-                self.config.blend_probabilities,
-                self.config.blend_per_molecule,
-                generator,
+                available, num_atoms, config.blend_probabilities, config.blend_per_molecule, generator
             )
         if atom_modality_ids is None:
-            has_degree = has_coordinates.new_full((batch_size,), degree is not None)
-            available_features = torch.stack([has_degree, has_coordinates], dim=-1)
-            atom_modality_ids = draw_atom_modalities(
-                available_features, num_atoms, self.config.atom_blend_probabilities, generator
-            )
+            available = torch.stack([everyone & (degree is not None), has_coordinates], dim=-1)
+            atom_modality_ids = draw_atom_modalities(available, num_atoms, config.atom_blend_probabilities, generator)
         noisy_coordinates = None
         if coordinates is not None:
+            coordinates = coordinates.float().masked_fill(~has_coordinates[:, None, None], 0)
             if coordinate_noise is None:
                 coordinate_noise = torch.randn(coordinates.shape, device=device, generator=generator)
-                coordinate_noise = coordinate_noise * self.config.noise_std
-            noisy_coordinates = coordinates.float() + coordinate_noise
+                coordinate_noise = coordinate_noise * config.noise_std
+            noisy_coordinates = coordinates + coordinate_noise
 
         outputs = self.moleblend(
             atom_features,
@@ -812,7 +812,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         if coordinates is None or noisy_coordinates is None:
             relative_positions = relative_directions = atom_states.new_zeros(batch_size, num_atoms, num_atoms, 3)
         else:
-            relative_positions = coordinates.float().unsqueeze(1) - coordinates.float().unsqueeze(2)
+            relative_positions = coordinates.unsqueeze(1) - coordinates.unsqueeze(2)
             noisy_positions = noisy_coordinates.unsqueeze(1) - noisy_coordinates.unsqueeze(2)
             noisy_distances = torch.linalg.vector_norm(noisy_positions, dim=-1, keepdim=True)
             relative_directions = noisy_positions / (noisy_distances + DIRECTION_EPS)

@@ -153,6 +153,9 @@ def test_molecules_without_coordinates_in_a_mixed_batch_are_2d(encoder, batch):
     garbage = batch["coordinates"].clone()
     garbage[1] = float("nan")
     assert_same(states(encoder, {**batch, "coordinates": garbage}), states(encoder, batch))
+    model = MoleBlendForPreTraining(tiny_config())
+    model(**{**batch, "coordinates": garbage}).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_shapes_that_do_not_fit_are_an_error_with_the_expected_shape(encoder, batch):
@@ -284,6 +287,19 @@ def test_drop_path_drops_molecules(batch):
         values = molecule[mask]
         assert (values == values[0]).all()
         assert values[0, 0] in (0.0, 2.0)
+
+
+def test_dropout_on_cpu_drops_at_its_rate_and_keeps_the_mean():
+    values = torch.ones(1001, 999)
+    dropped = rows.drop_values(values, 0.1, training=True)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert dropped.mean().item() == pytest.approx(1, abs=1e-3)
+    assert dropped.unique().numel() == 2
+    assert rows.drop_values(values, 0.1, training=False) is values
+    torch.manual_seed(0)
+    first = rows.drop_values(values, 0.5, training=True)
+    torch.manual_seed(0)
+    assert torch.equal(first, rows.drop_values(values, 0.5, training=True))
 
 
 # Blending.
