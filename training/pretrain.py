@@ -36,7 +36,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from data import TrainingBatches, batched, draw_seed, read_molecules, split_held_out
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
-from moleblend_hf.modeling_moleblend import ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
+from moleblend_hf.blending_moleblend import ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
 from reporting import MetricsLog, environment, plot_losses, read_metrics, write_card
 from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
@@ -238,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     # Data: molecules -> graphs, once; the held-out batches are padded once too.
     with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
         molecules = read_molecules(str(settings.dataset))
-    processor = MoleBlendProcessor()
+    config = MoleBlendConfig(**settings.model)
+    processor = MoleBlendProcessor(max_path_bonds=config.max_path_bonds)
     graphs = processor.featurize_many(molecules.smiles, coordinates=molecules.coordinates, num_proc=settings.num_proc)
     training_rows, held_out_rows = split_held_out(molecules.smiles, settings.held_out_molecules, settings.split_seed)
     training_graphs = [graphs[row] for row in training_rows]
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, optimizer, schedule. The same weights on every process, then its own dropout on each.
     set_seed(settings.seed)
-    model = MoleBlendForPreTraining(MoleBlendConfig(**settings.model))
+    model = MoleBlendForPreTraining(config)
     set_seed(settings.seed, device_specific=True)
     optimizer = torch.optim.AdamW(
         model.parameters(),
