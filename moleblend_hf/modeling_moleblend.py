@@ -341,8 +341,7 @@ class MoleBlendModelOutput(ModelOutput):
         attentions (`tuple(torch.FloatTensor)`, *optional*):
             Attention probabilities of each layer, `(batch_size, num_heads, num_atoms + 1, num_atoms + 1)`.
         attention_bias (`torch.FloatTensor` of shape `(batch_size, num_heads, num_atoms + 1, num_atoms + 1)`, *optional*):
-            What is added to the attention scores of every layer; `-inf` in the columns of padding. Returned with
-            `output_attention_bias=True`.
+            What is added to the attention scores of every layer, `-inf` in columns of padding (`output_attention_bias`).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -425,6 +424,10 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         torch.Size([2, 7, 768])
         ```
         """
+        if unknown := sorted(set(kwargs) - set(TransformersKwargs.__annotations__) - {"use_cache"}):
+            raise TypeError(
+                f"Unexpected arguments {unknown}. Pass what the processor returns, without `kept_indices`."
+            )
         if atom_features.dim() != 3 or atom_features.shape[2] != len(self.config.atom_vocabulary_sizes):
             raise ValueError(
                 f"`atom_features` has shape {tuple(atom_features.shape)}; expected (batch_size, num_atoms, "
@@ -528,9 +531,6 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
             batch_size (`int`, *optional*, defaults to 32): molecules in a forward pass.
             processor_kwargs: further arguments of the processor (`modality`, `on_error` ...). With `on_error="skip"`,
                 rejected molecules have no embedding and are listed in `processor.rejected`.
-
-        Returns:
-            [`MoleBlendEmbeddingsOutput`]
         """
         was_training = self.training
         self.eval()

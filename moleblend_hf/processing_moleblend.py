@@ -301,6 +301,8 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             raise ValueError(
                 f"`num_proc` is {num_proc!r}, but has to be a positive integer. Pass the number of processes."
             )
+        if isinstance(molecules, str):
+            raise ValueError(f"`molecules` is one SMILES, {describe_molecule(molecules)}. Pass a list of molecules.")
         if len(molecules) == 0:
             raise ValueError("The list of molecules is empty. Pass at least one molecule.")
         if coordinates is not None and len(coordinates) != len(molecules):

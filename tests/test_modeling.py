@@ -165,6 +165,13 @@ def test_shapes_that_do_not_fit_are_an_error_with_the_expected_shape(encoder, ba
         encoder(batch["atom_features"][..., 0])
 
 
+def test_a_misspelt_argument_is_an_error(batch):
+    """Swallowed, it would switch a modality off without a word."""
+    for model in (MoleBlendModel(tiny_config()), MoleBlendForPreTraining(tiny_config())):
+        with pytest.raises(TypeError, match=r"Unexpected arguments \['coords'\]"):
+            model(batch["atom_features"], coords=batch["coordinates"])
+
+
 def test_values_beyond_a_vocabulary_take_its_last_row(encoder, batch):
     features = batch["atom_features"].clone()
     features[..., 0] = torch.where(features[..., 0] > 0, 119, 0)

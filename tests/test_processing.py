@@ -111,6 +111,12 @@ def test_calls_that_make_no_sense_are_named(processor, arguments, message):
         processor(**arguments)
 
 
+def test_one_smiles_is_no_list():
+    """Else each of its letters would be taken for a molecule."""
+    with pytest.raises(ValueError, match="`molecules` is one SMILES, 'CCO'"):
+        MoleBlendProcessor().featurize_many("CCO")
+
+
 # Modalities
 
 
