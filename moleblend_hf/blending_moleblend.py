@@ -13,7 +13,7 @@
 # limitations under the License.
 """What MoleBLEND's pretraining shows and what it predicts back: the draws of blending and the labels (Yu et al. 2024, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,6 +23,19 @@ PAIR_SHORTEST_PATH, PAIR_BOND_PATH, PAIR_DISTANCE = 0, 1, 2
 ATOM_DEGREE, ATOM_DISTANCE = 0, 1
 # Value of a label that is no target.
 IGNORED_LABEL = -100
+
+
+def draw(
+    sampler: Callable[..., torch.Tensor],
+    shape: Sequence[int],
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """`sampler(shape)`, `torch.rand` or `torch.randn`, from a generator if there is one.
+
+    `generator=None` cannot be spelled out: torch.compile with dynamic shapes fails on it.
+    """
+    return sampler(shape, device=device, **({} if generator is None else {"generator": generator}))
 
 
 def draw_pair_modalities(
@@ -47,7 +60,7 @@ def draw_pair_modalities(
     """
     cumulative = (available * available.new_tensor(probabilities, dtype=torch.float32)).cumsum(-1)
     num_draws = available.shape[0] if per_molecule else 1
-    draws = torch.rand(num_draws, num_atoms, num_atoms, device=available.device, generator=generator)
+    draws = draw(torch.rand, (num_draws, num_atoms, num_atoms), available.device, generator)
     # In [0, total): the first relation whose cumulative probability exceeds the draw.
     draws = draws * cumulative[:, -1, None, None]
     return (draws.unsqueeze(-1) >= cumulative[:, None, None, :]).sum(-1).clamp(max=PAIR_DISTANCE)
@@ -62,7 +75,7 @@ def draw_atom_modalities(
     """Draws the feature that each atom shows, `(batch_size, N)` long; arguments as in `draw_pair_modalities`."""
     weights = available * available.new_tensor(probabilities, dtype=torch.float32)
     degree, distance = weights.unsqueeze(1).unbind(-1)  # (B, 1) each
-    draws = torch.rand(available.shape[0], num_atoms, device=available.device, generator=generator)
+    draws = draw(torch.rand, (available.shape[0], num_atoms), available.device, generator)
     return (draws * (degree + distance) >= degree).long()
 
 

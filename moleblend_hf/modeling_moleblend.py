@@ -46,6 +46,7 @@ from .blending_moleblend import (
     PAIR_DISTANCE,
     PAIR_SHORTEST_PATH,
     bond_path_labels,
+    draw,
     draw_atom_modalities,
     draw_pair_modalities,
     shortest_path_labels,
@@ -786,8 +787,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         if coordinates is not None:
             coordinates = coordinates.float().masked_fill(~has_coordinates[:, None, None], 0)
             if coordinate_noise is None:
-                coordinate_noise = torch.randn(coordinates.shape, device=device, generator=generator)
-                coordinate_noise = coordinate_noise * config.noise_std
+                coordinate_noise = draw(torch.randn, coordinates.shape, device, generator) * config.noise_std
             noisy_coordinates = coordinates + coordinate_noise
 
         outputs = self.moleblend(

@@ -269,6 +269,9 @@ def test_torch_compile_has_no_graph_breaks(batch, dynamic):
     given = {name: getattr(draws, name) for name in ("pair_modality_ids", "atom_modality_ids", "coordinate_noise")}
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(compiled(**batch, **given).loss, draws.loss, atol=1e-6, rtol=1e-5)
+    assert torch.isfinite(compiled(**batch).loss)  # draws inside
+    training = torch.compile(MoleBlendForPreTraining(tiny_config()).train(), backend="eager", fullgraph=True)
+    training(**batch).loss.backward()
 
 
 def test_torch_export_of_the_encoder_takes_other_sizes(batch, processor):
