@@ -4,8 +4,9 @@
     python benchmarks/training_step.py --device cuda --compile
 
 One step is forward, backward and AdamW on 32 drugs padded to N = 36, with conformers, dropout and drop path as in training.
-The variants take turns in one process and their medians are compared; memory is measured in a fresh process for each. The
-plain step is `plain_model.py`; `tests/test_plain_model.py` proves that it is the same function.
+The variants take turns in one process and their medians are compared, with the plain step in the same arithmetic and with the
+plain step in float32; memory is measured in a fresh process for each. The plain step is `plain_model.py`;
+`tests/test_plain_model.py` proves that it is the same function.
 """
 
 import argparse
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each variant")
     parser.add_argument("--num_threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--profile", action="store_true", help="print what our step spends its time on, and stop")
     parser.add_argument("--compile", action="store_true", help="add a variant under torch.compile")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # a child process measures one variant
     args = parser.parse_args(argv)
@@ -136,10 +138,19 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     batch = make_batch(args.batch_size, args.device)
+    if args.profile:
+        step = Step("ours", batch, dtypes[0])
+        for _ in range(2):
+            step()
+        with torch.profiler.profile() as profile:
+            step()
+        print(profile.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=20))
+        return
     num_atoms = batch["attention_mask"].sum().item()
     print(
         f"{args.batch_size} molecules, {num_atoms / args.batch_size:.1f} atoms each, padded to {batch['degree'].shape[1]}"
     )
+    plain_float32 = None
     for dtype in dtypes:
         steps = {name: Step(name, batch, dtype) for name in VARIANTS}
         if args.compile:
@@ -152,13 +163,16 @@ def main(argv: list[str] | None = None) -> None:
         del steps, step
         print(f"\n{dtype}: median of {args.repeats} steps, interleaved; memory of a process of its own, MiB")
         print(
-            f"{'':32}{'s/step':>8}{'mol/s':>8}{'speed-up':>10}{'imports':>9}{'weights':>9}{'step':>7}{'ratio':>7}{'total':>7}{'ratio':>7}"
+            f"{'':32}{'s/step':>8}{'mol/s':>8}{'speed-up':>10}{'over fp32':>11}{'imports':>9}{'weights':>9}{'step':>7}{'ratio':>7}{'total':>7}{'ratio':>7}"
         )
         plain_seconds = statistics.median(seconds["plain"])
+        if dtype == "float32":
+            plain_float32 = plain_seconds
+        over_float32 = plain_float32 or float("nan")
         plain_memory: dict[str, float] = {}
         for name, values in seconds.items():
             median = statistics.median(values)
-            line = f"{name:32}{median:8.3f}{args.batch_size / median:8.1f}{plain_seconds / median:9.2f}x"
+            line = f"{name:32}{median:8.3f}{args.batch_size / median:8.1f}{plain_seconds / median:9.2f}x{over_float32 / median:10.2f}x"
             if name in VARIANTS:
                 flags = ["--memory_of", name, "--dtypes", dtype, "--batch_size", str(args.batch_size)]
                 flags += ["--device", args.device, "--num_threads", str(args.num_threads)]
