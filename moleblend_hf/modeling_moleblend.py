@@ -17,8 +17,7 @@ Read downward: constants, embeddings, the three pair relations, attention, layer
 as the processor returns them.
 """
 
-# Dimensions: B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path,
-# K distance kernels.
+# B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path, K kernels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -305,6 +304,8 @@ class MoleBlendPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MoleBlendLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    # The heads of pretraining; other models leave them behind.
+    _keys_to_ignore_on_load_unexpected = [r"^(shortest_path|bond_path|relative_position|coordinate_denoising)_head"]
     _can_record_outputs = {"attentions": OutputRecorder(MoleBlendAttention, index=1)}
 
     @torch.no_grad()

@@ -523,5 +523,6 @@ def test_loading_changes_no_weight(tmp_path):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
-    encoder = MoleBlendModel.from_pretrained(tmp_path)
+    encoder, report = MoleBlendModel.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(encoder.graph_token, model.moleblend.graph_token)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
