@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What MoleBLEND's pretraining shows and what it predicts back: the draws of blending and the labels (Yu et al. 2024, section 3)."""
+"""What MoleBLEND's pretraining shows and what it predicts back: the draws of blending and the labels (Yu et al. 2024)."""
 
 from collections.abc import Callable, Sequence
 

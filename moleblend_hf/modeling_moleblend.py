@@ -53,7 +53,7 @@ from .blending_moleblend import (
 from .configuration_moleblend import MoleBlendConfig
 from .rows_moleblend import RowSelection, drop_path, drop_values, gathers, masked_cross_entropy, masked_mean
 
-# PARITY: the original writes pi as 3.14159 (molecule_encoder_layers.py, `gaussian`).
+# PARITY: the original, like Transformer-M, writes pi as 3.14159 in `gaussian` (tests/test_parity.py).
 GAUSSIAN_PI = 3.14159
 # Added to each kernel's width, and to a distance before dividing by it.
 GAUSSIAN_WIDTH_OFFSET = 0.01
@@ -115,7 +115,7 @@ class MoleBlendGaussianDistanceEmbedding(nn.Module):
     """Distance of a pair of atoms to K Gaussian kernels, after an affine map that depends on the two elements.
 
     `x = (mul_i + mul_j) * d + (bias_i + bias_j)`, then `exp(-((x - mean) / width)^2 / 2) / (width * sqrt(2 pi))` with
-    `width = |std| + 0.01`, in fp32 (method of Graphormer-3D and Transformer-M; Yu et al. 2024, section 3.1).
+    `width = |std| + 0.01`, in fp32 (method of Graphormer-3D and Transformer-M; Yu et al. 2024).
     """
 
     def __init__(self, config: MoleBlendConfig):

@@ -16,13 +16,6 @@ class Molecules:
     smiles: list[str]
     coordinates: list[np.ndarray | None]
 
-    def __len__(self) -> int:
-        return len(self.smiles)
-
-    def take(self, indices: np.ndarray) -> "Molecules":
-        """The molecules at `indices`, in that order."""
-        return Molecules([self.smiles[i] for i in indices], [self.coordinates[i] for i in indices])
-
 
 def read_molecules(folder: str | Path) -> Molecules:
     """All rows of the Parquet files in `folder`: `smiles`, and `coordinates` of the atoms in their order, if there are any."""
