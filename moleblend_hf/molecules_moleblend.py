@@ -21,7 +21,7 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -505,40 +505,42 @@ def read_sdf(path: str | os.PathLike) -> Iterator["Chem.Mol | MoleculeError"]:
     (`Conformer.Is3D()`) if the record's second line says so; a record flagged "2D" is a drawing whatever its z.
     """
     require_rdkit()
-    for index, record in enumerate(_sdf_records(path)):
-        if isinstance(record, MoleculeError):
-            record.index, record.molecule = index, f"record of {os.path.basename(path)}"
-            yield record
-            continue
-        with rdBase.BlockLogs():
-            result = _mol_from_record(record)
-        if isinstance(result, MoleculeError):
-            title = record.splitlines()[0].strip() if record.strip() else ""
-            result.index, result.molecule = index, f"record {title[:60]!r} of {os.path.basename(path)}"
-        yield result
-
-
-def _sdf_records(path: str | os.PathLike) -> Iterator[str | MoleculeError]:
     with open(path, "rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
     opener = gzip.open if is_gzip else open
-    lines: list[str] = []
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-        try:
-            for line in file:
-                if line.startswith("$$$$"):
-                    yield "".join(lines)
-                    lines = []
-                else:
-                    lines.append(line)
-        except (EOFError, OSError, zlib.error) as error:
-            yield MoleculeError(f"lies where the file is damaged: {first_line(error)}", "sdf", "Fetch the file again")
-            return
-    if any(line.strip() for line in lines):
-        yield "".join(lines)
+        for index, record in enumerate(sdf_records(file)):
+            if isinstance(record, MoleculeError):
+                record.index, record.molecule = index, f"record of {os.path.basename(path)}"
+                yield record
+                continue
+            with rdBase.BlockLogs():
+                result = parse_sdf_record(record)
+            if isinstance(result, MoleculeError):
+                title = record.splitlines()[0].strip() if record.strip() else ""
+                result.index, result.molecule = index, f"record {title[:60]!r} of {os.path.basename(path)}"
+            yield result
 
 
-def _mol_from_record(record: str) -> "Chem.Mol | MoleculeError":
+def sdf_records(lines: Iterable[str]) -> Iterator[str | MoleculeError]:
+    """Yields the text of each record of an SDF file, without its "$$$$" line; a `MoleculeError` where it is damaged."""
+    record: list[str] = []
+    try:
+        for line in lines:
+            if line.startswith("$$$$"):
+                yield "".join(record)
+                record = []
+            else:
+                record.append(line)
+    except (EOFError, OSError, zlib.error) as error:
+        yield MoleculeError(f"lies where the file is damaged: {first_line(error)}", "sdf", "Fetch the file again")
+        return
+    if any(line.strip() for line in record):
+        yield "".join(record)
+
+
+def parse_sdf_record(record: str) -> "Chem.Mol | MoleculeError":
+    """Returns the molecule of an SDF record with its hydrogens and data fields, or what is wrong with it."""
     if not record.strip():
         return MoleculeError("is empty", "sdf", "Remove it from the file")
     supplier = Chem.SDMolSupplier()
