@@ -14,10 +14,9 @@ from moleblend_hf.featurization_moleblend import (
     ATOM_FEATURE_VOCABULARIES,
     BOND_STEREO,
     BOND_TYPES,
-    MAX_DISTANCE,
     MISC,
-    UNREACHABLE_DISTANCE,
 )
+from moleblend_hf.graphs_moleblend import MAX_DISTANCE, UNREACHABLE_DISTANCE
 
 
 def index_in(vocabulary: list, value: object) -> int:
@@ -26,7 +25,7 @@ def index_in(vocabulary: list, value: object) -> int:
 
 
 def featurize_plainly(smiles: str, max_path_bonds: int = 5) -> dict[str, np.ndarray]:
-    """Returns the arrays of a `MolecularGraph` by name."""
+    """Returns the atom features and `PairRelations` of a molecule by name."""
     mol = Chem.MolFromSmiles(smiles)
     num_atoms = mol.GetNumAtoms()
     atom_features = np.zeros((num_atoms, len(ATOM_FEATURE_VOCABULARIES)), dtype=np.int64)

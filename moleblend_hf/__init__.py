@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .configuration_moleblend import MoleBlendConfig
-from .featurization_moleblend import MolecularGraph
+from .graphs_moleblend import FlatGraphs, MolecularGraph, PairRelations
 from .modeling_moleblend import (
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
@@ -50,6 +50,7 @@ MoleBlendProcessor.register_for_auto_class("AutoProcessor")
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlatGraphs",
     "MoleBlendConfig",
     "MoleBlendForPreTraining",
     "MoleBlendForSequenceClassification",
@@ -58,5 +59,6 @@ __all__ = [
     "MoleBlendProcessor",
     "MolecularGraph",
     "MoleculeError",
+    "PairRelations",
     "read_sdf",
 ]

@@ -14,22 +14,22 @@
 """Molecules to `MolecularGraph`s: RDKit and NumPy only, pure functions, no torch.
 
 A molecule is a SMILES, an RDKit molecule or a `(symbols, coordinates)` pair. `featurize_molecules` takes many at once,
-because asking RDKit atom by atom from Python is what costs: one getter runs over all atoms of all molecules, and
-shortest paths are found for dozens of molecules of like size at a time. The result for a molecule does not depend on
-its neighbours in the call.
+because asking RDKit atom by atom from Python is what costs: one getter runs over all atoms of all molecules. The result
+for a molecule does not depend on its neighbours in the call.
 
-Features come back in the atom order of the input, but do not depend on it: of several shortest paths the one with the
-smallest bond types is taken, and stereocentres are looked at by RDKit's canonical ranks.
+Features come back in the atom order of the input, but do not depend on it: stereocentres are looked at by RDKit's
+canonical ranks.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise, repeat
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
+from .graphs_moleblend import MolecularGraph
 from .molecules_moleblend import (
     RDKIT_ERRORS,
     FeaturizationSettings,
@@ -70,47 +70,11 @@ BOND_TYPES = ["SINGLE", "DOUBLE", "TRIPLE", "AROMATIC", MISC]
 BOND_STEREO = ["STEREONONE", "STEREOZ", "STEREOE", "STEREOCIS", "STEREOTRANS", "STEREOANY"]
 NUM_JOINT_BOND_TYPES = len(BOND_TYPES) * len(BOND_STEREO) * 2
 
-MAX_DISTANCE = 509  # longest shortest path that is told apart, in bonds
-UNREACHABLE_DISTANCE = 510
-
 _CLOCKWISE, _COUNTERCLOCKWISE, _OTHER_CHIRALITY = 2, 3, 4  # indices of the vocabulary, with the offset of one
 _CIS, _TRANS = 4, 5  # in RDKit's enum of bond stereo
 _ORDER_BY_BOND_TYPE = {"SINGLE": 1.0, "DOUBLE": 2.0, "TRIPLE": 3.0, "AROMATIC": 1.5}
 # Between these RDKit makes no dative bond by itself.
 _ORDINARY_ELEMENTS = frozenset((1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53))
-_BITS_A_BOND = 6  # a joint bond type is at most 60
-_PAIRS_A_GROUP = 40_000  # atom pairs handled together: small enough for the cache, large enough to hide Python
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MolecularGraph:
-    """A featurized molecule of n atoms, in the atom order of the input.
-
-    Attributes:
-        atom_features: (n, 9) uint8, OGB index + 1 for each of `ATOM_FEATURES`.
-        degree: (n,) int16, number of bonds of each atom.
-        shortest_path_distance: (n, n) int16 in bonds, 0 on the diagonal, at most `MAX_DISTANCE`, and
-            `UNREACHABLE_DISTANCE` between fragments.
-        path_bond_types: (n, n, P) uint8, joint index of the first P bonds on the shortest path i -> j, starting with
-            the bond that leaves i: 1 + 12 * bond type + 2 * bond stereo + is conjugated; 0 where there is no such hop.
-        coordinates: (C, n, 3) float32 in angstrom, C >= 0 conformers.
-        has_bonds: False for bare atoms with coordinates, whose 2D relations are not known.
-        missing_coordinates_reason: why there is no conformer although one was to be made, else None.
-        unknown_values: how many values of this molecule were in no vocabulary, by feature.
-    """
-
-    atom_features: np.ndarray
-    degree: np.ndarray
-    shortest_path_distance: np.ndarray
-    path_bond_types: np.ndarray
-    coordinates: np.ndarray
-    has_bonds: bool = True
-    missing_coordinates_reason: str | None = None
-    unknown_values: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def num_atoms(self) -> int:
-        return len(self.atom_features)
 
 
 def featurize_molecule(
@@ -163,8 +127,7 @@ class _FlatMolecules:
     Attributes:
         num_atoms, num_bonds: (M,) of each molecule.
         atom_features: (A, 9) uint8, indices + 1.
-        degree: (A,) int16.
-        begin, end: (E,) ends of each bond, counted within the molecule.
+        bonds: (E, 2) uint16, ends of each bond, counted within the molecule.
         bond_types: (E,) uint8 joint index, 1..60.
         unknown: (M, 9 + 1) number of values in no vocabulary, by atom feature and for bond stereo.
     """
@@ -172,9 +135,7 @@ class _FlatMolecules:
     num_atoms: np.ndarray
     num_bonds: np.ndarray
     atom_features: np.ndarray
-    degree: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
+    bonds: np.ndarray
     bond_types: np.ndarray
     unknown: np.ndarray
 
@@ -189,7 +150,7 @@ def _graphs(parsed: list[ParsedMolecule], settings: FeaturizationSettings) -> li
         if len(parsed) > 1:
             return [_graphs([molecule], settings)[0] for molecule in parsed]
         return [MoleculeError(f"could not be featurized by RDKit: {first_line(error)}", "features", "Fix it")]
-    return _assemble(parsed, flat, settings)
+    return _cut(parsed, flat)
 
 
 @cache
@@ -310,9 +271,7 @@ def _flatten(parsed: list[ParsedMolecule], canonical_atom_order: bool) -> _FlatM
         num_atoms=num_atoms,
         num_bonds=num_bonds,
         atom_features=atom_features,
-        degree=degree.astype(np.int16),
-        begin=begin,
-        end=end,
+        bonds=np.stack([begin, end], axis=1).astype(np.uint16),
         bond_types=bond_types,
         unknown=_count_unknown(atom_features, unknown_stereo, num_atoms, num_bonds),
     )
@@ -444,190 +403,26 @@ def _count_unknown(
     return counts
 
 
-# Pairs of atoms
-
-
-def _assemble(parsed: list[ParsedMolecule], flat: _FlatMolecules, settings: FeaturizationSettings) -> list[Any]:
-    """Cuts the flat arrays into graphs; pairs are worked out for molecules of like size together."""
+def _cut(parsed: list[ParsedMolecule], flat: _FlatMolecules) -> list[Any]:
+    """Returns the flat arrays as one graph for each molecule."""
     atom_stop, bond_stop = np.cumsum(flat.num_atoms), np.cumsum(flat.num_bonds)
-    graphs: list[Any] = [None] * len(parsed)
-    for group in _groups_of_like_size(flat.num_atoms):
-        distance, path_bond_types = _pair_relations(flat, group, atom_stop, bond_stop, settings)
-        for row, index in enumerate(group):
-            molecule, size = parsed[index], flat.num_atoms[index]
-            start, stop = atom_stop[index] - size, atom_stop[index]
-            coordinates = molecule.coordinates
-            unknown = flat.unknown[index]
-            graphs[index] = MolecularGraph(
-                atom_features=flat.atom_features[start:stop].copy(),
-                degree=flat.degree[start:stop].copy(),
-                shortest_path_distance=distance[row, :size, :size].copy(),
-                path_bond_types=path_bond_types[row, :size, :size].copy(),
-                coordinates=np.empty((0, size, 3), dtype=np.float32) if coordinates is None else coordinates,
+    graphs: list[Any] = []
+    for index, molecule in enumerate(parsed):
+        atoms = slice(atom_stop[index] - flat.num_atoms[index], atom_stop[index])
+        bonds = slice(bond_stop[index] - flat.num_bonds[index], bond_stop[index])
+        coordinates, unknown = molecule.coordinates, flat.unknown[index]
+        counts = zip((*ATOM_FEATURES, "bond_stereo"), unknown, strict=True)
+        graphs.append(
+            MolecularGraph(
+                atom_features=flat.atom_features[atoms].copy(),
+                bonds=flat.bonds[bonds].copy(),
+                bond_types=flat.bond_types[bonds].copy(),
+                coordinates=np.empty((0, flat.num_atoms[index], 3), np.float32)
+                if coordinates is None
+                else coordinates,
                 has_bonds=molecule.has_bonds,
                 missing_coordinates_reason=molecule.missing_coordinates_reason,
-                unknown_values={
-                    name: int(count)
-                    for name, count in zip((*ATOM_FEATURES, "bond_stereo"), unknown, strict=True)
-                    if count
-                }
-                if unknown.any()
-                else {},
+                unknown_values={name: int(count) for name, count in counts if count} if unknown.any() else {},
             )
+        )
     return graphs
-
-
-def _groups_of_like_size(sizes: np.ndarray) -> Iterator[np.ndarray]:
-    order = np.argsort(sizes, kind="stable")[::-1]
-    start = 0
-    while start < len(order):
-        count = max(1, _PAIRS_A_GROUP // int(sizes[order[start]]) ** 2)
-        yield order[start : start + count]
-        start += count
-
-
-def _pair_relations(
-    flat: _FlatMolecules,
-    group: np.ndarray,
-    atom_stop: np.ndarray,
-    bond_stop: np.ndarray,
-    settings: FeaturizationSettings,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns distances (B, N, N) int16 and bonds on paths (B, N, N, P) uint8 of a group, padded, in input order."""
-    sizes, bonds = flat.num_atoms[group], flat.num_bonds[group]
-    num, width = len(group), int(sizes.max())
-    atom_row, atom = _ragged(sizes)
-    degree = np.zeros((num, width), dtype=np.int16)
-    degree[atom_row, atom] = flat.degree[np.repeat(atom_stop[group] - sizes, sizes) + atom]
-    # No shortest path leads through an atom with one bond: those go last and are left out as intermediate atoms.
-    order = np.argsort(degree < 2, axis=1, kind="stable")
-    place = np.argsort(order, axis=1)
-    num_inner = int((degree > 1).sum(axis=1).max())
-    bond_row, bond = _ragged(bonds)
-    bond += np.repeat(bond_stop[group] - bonds, bonds)
-    begin, end = flat.begin[bond], flat.end[bond]
-
-    bonded = np.zeros((num, width, width), dtype=bool)
-    begin_place, end_place = place[bond_row, begin], place[bond_row, end]
-    bonded[bond_row, begin_place, end_place] = bonded[bond_row, end_place, begin_place] = True
-    distance, next_atom = shortest_paths(bonded, num_inner)
-
-    # Back to the input's order: entry (i, j) lies at (place of i, place of j), and names atoms by their place.
-    row = np.arange(num)[:, None, None] * width
-    pair = (row + place[:, :, None]) * width + place[:, None, :]
-    distance = distance.take(pair)
-    next_atom = order.take(row + next_atom.take(pair))
-
-    bond_types = np.zeros((num, width, width), dtype=np.uint8)
-    bond_types[bond_row, begin, end] = bond_types[bond_row, end, begin] = flat.bond_types[bond]
-    atoms = np.arange(width)
-    hop = bond_types.take((row + atoms[:, None]) * width + next_atom)
-    after_next = (row + next_atom) * width + atoms  # where the path goes on: from the next atom to the same end
-    # The path as one number, six bits a bond, the first bond highest.
-    num_hops = settings.max_path_bonds
-    shifts = [_BITS_A_BOND * (num_hops - 1 - index) for index in range(num_hops)]
-    path = np.zeros(hop.shape, dtype=np.uint32 if num_hops <= 5 else np.uint64)
-    for shift in shifts:
-        path |= hop.astype(path.dtype) << path.dtype.type(shift)
-        hop = hop.take(after_next)
-    if settings.canonical_atom_order:
-        ends = (np.tile(bond_row, 2), np.concatenate([begin, end]), np.concatenate([end, begin]))
-        path = _smallest_paths(path, distance, *ends, np.tile(flat.bond_types[bond], 2), shifts[0])
-    last_bond = path.dtype.type((1 << _BITS_A_BOND) - 1)
-    paths = np.stack([path >> path.dtype.type(shift) & last_bond for shift in shifts], axis=-1)
-    return distance, paths.astype(np.uint8)
-
-
-def _smallest_paths(
-    path: np.ndarray,
-    distance: np.ndarray,
-    row: np.ndarray,
-    begin: np.ndarray,
-    end: np.ndarray,
-    bond_types: np.ndarray,
-    first_shift: int,
-) -> np.ndarray:
-    """Returns for each pair the smallest of its shortest paths, compared bond by bond.
-
-    Where two shortest paths tie, the one that Floyd-Warshall finds depends on the order of the atoms, and so would what
-    equivalent atoms look like. The smallest does not.
-
-    Args:
-        path: (B, N, N) some shortest path of each pair as a number.
-        distance: (B, N, N) in bonds.
-        row, begin, end, bond_types: (2E,) each bond in both directions.
-        first_shift: bits below the first bond of a path.
-    """
-    shape, width, dtype = path.shape, path.shape[-1], path.dtype.type
-    distance, path = distance.reshape(-1, width), path.reshape(-1, width)
-    atom, neighbour = row * width + begin, row * width + end
-    # Bonds sorted so that the first ones of all atoms come first, then the second ones and so on, each time the atoms
-    # with most bonds ahead: the atoms that have an n-th bond are the first so many of those that have one.
-    degree = np.bincount(atom, minlength=len(path))
-    by_atom = np.argsort(atom, kind="stable")
-    column = np.empty_like(atom)
-    _, column[by_atom] = _ragged(degree)
-    sort = np.lexsort((atom, -degree[atom], column))
-    atom, neighbour = atom[sort], neighbour[sort]
-    first_bond = bond_types[sort].astype(path.dtype) << dtype(first_shift)
-    # The first bond of a path that takes this bond, to each atom; all bits where that would be a detour.
-    is_detour = distance[neighbour] + 1 != distance[atom]
-    onset = np.where(is_detour, np.iinfo(path.dtype).max, first_bond[:, None])
-    stops = np.cumsum(np.bincount(column))
-    bonded = atom[: stops[0]] if len(atom) else atom
-    while len(bonded):
-        onward = (path >> dtype(_BITS_A_BOND))[neighbour]
-        onward |= onset
-        smallest = onward[: stops[0]]
-        for start, stop in pairwise(stops):
-            np.minimum(smallest[: stop - start], onward[start:stop], out=smallest[: stop - start])
-        current = path[bonded]
-        np.minimum(smallest, current, out=smallest)
-        if np.array_equal(smallest, current):
-            break
-        path[bonded] = smallest
-    return path.reshape(shape)
-
-
-def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each item of rows with these counts its row and its place in the row."""
-    starts = np.cumsum(counts) - counts
-    rows = np.repeat(np.arange(len(counts)), counts)
-    return rows, np.arange(len(rows)) - starts[rows]
-
-
-def shortest_paths(bonded: np.ndarray, num_inner: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Floyd-Warshall on many molecules at once; among paths of one length the first one found stays.
-
-    These are the paths of `scipy.sparse.csgraph.floyd_warshall(unweighted=True)`, which the original follows: its
-    predecessor of j on the way from i is the atom after j on the way from j to i.
-
-    Distance and next atom are packed into one integer, distance in the high bits, so that a step is an addition and a
-    minimum. A candidate carries one more bit below its distance: it loses a tie against what is already there.
-
-    Args:
-        bonded: (B, N, N) bool, symmetric, False on the diagonal.
-        num_inner: paths lead only through the first so many atoms; through all if left out.
-
-    Returns:
-        distance: (B, N, N) int16 in bonds, at most `MAX_DISTANCE`, `UNREACHABLE_DISTANCE` if there is no path.
-        next_atom: (B, N, N), the atom after i on the path from i to j; i itself if there is none.
-    """
-    width = bonded.shape[-1]
-    dtype: Any
-    dtype, shift = (np.uint16, 8) if width < 128 else (np.uint32, 16)
-    candidate_bit = dtype(1 << (shift - 1))
-    infinite = (1 << (shift - 1)) - 1  # twice this still fits
-    atoms = np.arange(width, dtype=dtype)
-    packed: np.ndarray = np.where(bonded, dtype(1 << shift) | atoms, dtype(infinite << shift) | atoms[:, None])
-    packed[:, atoms, atoms] = atoms
-    distance_bits = ~dtype((1 << shift) - 1)
-    candidate = np.empty_like(packed)
-    for via in range(width if num_inner is None else num_inner):
-        onward = (packed[:, via, :] & distance_bits) | candidate_bit
-        np.add(packed[:, :, via, None], onward[:, None, :], out=candidate)
-        np.minimum(packed, candidate, out=packed)
-        np.bitwise_and(packed, ~candidate_bit, out=packed)
-    steps = packed >> shift
-    distance = np.where(steps == infinite, UNREACHABLE_DISTANCE, np.minimum(steps, MAX_DISTANCE)).astype(np.int16)
-    return distance, packed & dtype(infinite)

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .graphs_moleblend import MAX_PATH_BONDS
+
 try:  # Hidden from the Hub's import scanner, so that a model can be loaded where RDKit is not installed.
     from rdkit import Chem, rdBase
     from rdkit.Chem import rdDetermineBonds, rdDistGeom, rdForceFieldHelpers
@@ -36,7 +38,6 @@ except ImportError:
 
 MIN_ATOM_SEPARATION = 1e-4  # angstrom; closer atoms are taken for missing coordinates
 FRAGMENT_GAP = 3.0  # angstrom; between the fragments of an embedded salt, before MMFF
-MAX_PATH_BONDS = 10  # what a path packed into one integer holds
 HYDROGENS = ("drop", "keep", "add")
 MODALITIES = ("auto", "2d", "3d", "2d+3d")
 BONDS = (None, "determine")

@@ -24,7 +24,8 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 from transformers.utils import auto_docstring
 
-from .featurization_moleblend import MolecularGraph, featurize_molecule, featurize_molecules
+from .featurization_moleblend import featurize_molecule, featurize_molecules
+from .graphs_moleblend import FlatGraphs, MolecularGraph, pair_relations
 from .molecules_moleblend import (
     FeaturizationSettings,
     MoleculeError,
@@ -222,7 +223,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
 
     def pad(
         self,
-        graphs: Sequence[MolecularGraph],
+        graphs: Sequence[MolecularGraph] | FlatGraphs,
         labels: Any = None,
         modality: str | None = None,
         conformer_index: int | Sequence[int] = 0,
@@ -232,36 +233,36 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         Returns graphs as one batch, padded to the largest of them; names and shapes are those of `__call__`.
 
         Args:
-            graphs (`list[MolecularGraph]`): from `featurize` or `featurize_many`.
+            graphs (`list[MolecularGraph]` or `FlatGraphs`): from `featurize` or `featurize_many`, or read from a dataset.
             labels (*optional*): as in `__call__`.
             modality (`str`, *optional*): overrides the setting for this call; nothing is generated here.
             conformer_index (`int` or `list[int]`, *optional*, defaults to 0):
                 Which conformer to take, of all or of each graph. Graphs without conformers do not look at it.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
         """
-        modality = self._settings(modality).modality
-        if not graphs:
+        settings = self._settings(modality)
+        if len(graphs) == 0:
             raise ValueError("There are no graphs to pad. Pass at least one.")
-        sizes = np.array([graph.num_atoms for graph in graphs])
-        is_atom = np.arange(sizes.max()) < sizes[:, None]  # (B, N)
-        data = {
-            "atom_features": _padded([graph.atom_features for graph in graphs], 1, np.int64),
-            "attention_mask": is_atom.astype(np.int64),
-        }
-        if modality != "3d":
+        if settings.modality != "3d" and not isinstance(graphs, FlatGraphs):
             self._check_bonds(graphs)
-            data["degree"] = _padded([graph.degree for graph in graphs], 1, np.int64)
-            data["shortest_path_distance"] = _padded([graph.shortest_path_distance for graph in graphs], 2, np.int64)
-            data["path_bond_types"] = _padded([graph.path_bond_types for graph in graphs], 2, np.int64)
-        if modality != "2d":
-            has_3d = np.array([len(graph.coordinates) > 0 for graph in graphs])
-            if modality == "3d" and not has_3d.all():
+        flat = graphs if isinstance(graphs, FlatGraphs) else FlatGraphs.of(graphs)
+        width = int(flat.num_atoms.max())
+        data: dict[str, np.ndarray] = {
+            "atom_features": flat.padded_atoms(flat.atom_features).astype(np.int64),
+            "attention_mask": (np.arange(width) < flat.num_atoms[:, None]).astype(np.int64),
+        }
+        if settings.modality != "3d":
+            relations = pair_relations(flat, settings.max_path_bonds, settings.canonical_atom_order)
+            data |= relations._asdict()
+        if settings.modality != "2d":
+            has_3d = flat.num_conformers > 0
+            if settings.modality == "3d" and not has_3d.all():
                 raise ValueError(
                     f"Graph {int(has_3d.argmin())} has no coordinates, which modality='3d' needs. Featurize it with "
                     "modality='3d' or give it coordinates."
                 )
             if has_3d.any():
-                data["coordinates"] = _padded(_chosen_conformers(graphs, conformer_index), 1, np.float32)
+                data["coordinates"] = flat.padded_atoms(_chosen_conformers(flat, conformer_index))
                 data["coordinates_mask"] = has_3d
         if labels is not None:
             data["labels"] = _label_array(labels, len(graphs))
@@ -365,30 +366,17 @@ def _featurize_chunks(
             yield from results
 
 
-def _padded(arrays: Sequence[np.ndarray], num_atom_axes: int, dtype: Any) -> np.ndarray:
-    """Returns arrays as one, padded with zeros in their first one (atoms) or two (pairs of atoms) axes."""
-    width = max(len(array) for array in arrays)
-    padded = np.zeros((len(arrays), *[width] * num_atom_axes, *arrays[0].shape[num_atom_axes:]), dtype=dtype)
-    for row, array in zip(padded, arrays, strict=True):
-        row[tuple(map(slice, array.shape[:num_atom_axes]))] = array
-    return padded
-
-
-def _chosen_conformers(graphs: Sequence[MolecularGraph], conformer_index: int | Sequence[int]) -> list[np.ndarray]:
-    """Returns (n, 3) coordinates for each graph, zeros for those that have none."""
-    chosen = []
-    for position, index in enumerate(np.broadcast_to(np.asarray(conformer_index), len(graphs))):
-        conformers = graphs[position].coordinates
-        if len(conformers) == 0:
-            chosen.append(np.zeros(conformers.shape[1:], dtype=np.float32))
-        elif 0 <= index < len(conformers):
-            chosen.append(conformers[index])
-        else:
-            raise ValueError(
-                f"`conformer_index` is {index} for graph {position}, which has {len(conformers)} conformers. Pass an "
-                "index below that."
-            )
-    return chosen
+def _chosen_conformers(graphs: FlatGraphs, conformer_index: int | Sequence[int]) -> np.ndarray:
+    """Returns (A, 3) coordinates, zeros for molecules that have none."""
+    index = np.broadcast_to(np.asarray(conformer_index), len(graphs))
+    wrong = (graphs.num_conformers > 0) & ((index < 0) | (index >= graphs.num_conformers))
+    if wrong.any():
+        position = int(wrong.argmax())
+        raise ValueError(
+            f"`conformer_index` is {index[position]} for graph {position}, which has {graphs.num_conformers[position]} "
+            "conformers. Pass an index below that."
+        )
+    return graphs.conformers(index)
 
 
 def _label_array(labels: Any, num_molecules: int) -> np.ndarray:

@@ -14,12 +14,16 @@ from scipy.sparse.csgraph import floyd_warshall
 
 from moleblend_hf.featurization_moleblend import (
     ATOM_FEATURE_SIZES,
-    MAX_DISTANCE,
     NUM_JOINT_BOND_TYPES,
-    UNREACHABLE_DISTANCE,
-    MolecularGraph,
     featurize_molecule,
     featurize_molecules,
+)
+from moleblend_hf.graphs_moleblend import (
+    MAX_DISTANCE,
+    UNREACHABLE_DISTANCE,
+    FlatGraphs,
+    MolecularGraph,
+    pair_relations,
     shortest_paths,
 )
 from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeError, describe_molecule, read_sdf
@@ -63,9 +67,10 @@ def assert_permuted(graph: MolecularGraph, order: list[int], other: MolecularGra
     """Atom `i` of the other is atom `order[i]` of the graph, in every feature: equivalent atoms look alike."""
     pairs = np.ix_(order, order)
     assert np.array_equal(graph.atom_features[order], other.atom_features)
-    assert np.array_equal(graph.degree[order], other.degree)
-    assert np.array_equal(graph.shortest_path_distance[pairs], other.shortest_path_distance)
-    assert np.array_equal(graph.path_bond_types[pairs], other.path_bond_types)
+    relations, others = graph.relations(), other.relations()
+    assert np.array_equal(relations.degree[order], others.degree)
+    assert np.array_equal(relations.shortest_path_distance[pairs], others.shortest_path_distance)
+    assert np.array_equal(relations.path_bond_types[pairs], others.path_bond_types)
 
 
 def assert_same(first: MolecularGraph, second: MolecularGraph) -> None:
@@ -83,13 +88,13 @@ def test_features_are_those_of_the_original(name):
     molecules = json.loads((GOLDEN / f"{name}_molecules.json").read_text(encoding="utf-8"))
     smiles, coordinates = [m["smiles"] for m in molecules], [m["coords"] for m in molecules]
     for row, graph in enumerate(featurize_molecules(smiles, coordinates, AS_WRITTEN)):
-        n = graph.num_atoms
-        hops = graph.path_bond_types.astype(int)[..., None] - 1
+        n, relations = graph.num_atoms, graph.relations(canonical_atom_order=False)
+        hops = relations.path_bond_types[..., None] - 1
         features = np.concatenate([hops // 12, hops % 12 // 2, hops % 2], axis=-1)
         original_hops = np.where(hops < 0, 0, features + 3 + 512 * np.arange(3))
         assert np.array_equal(graph.atom_features + 1 + 512 * np.arange(9), tensors["x"][row, :n])
-        assert np.array_equal(graph.degree + 1, tensors["in_degree"][row, :n])
-        assert np.array_equal(graph.shortest_path_distance + 1, tensors["spatial_pos"][row, :n, :n])
+        assert np.array_equal(relations.degree + 1, tensors["in_degree"][row, :n])
+        assert np.array_equal(relations.shortest_path_distance + 1, tensors["spatial_pos"][row, :n, :n])
         assert np.array_equal(original_hops, tensors["edge_input"][row, :n, :n])
         np.testing.assert_allclose(graph.coordinates[0], tensors["pos"][row, :n], atol=1e-6)
 
@@ -97,8 +102,9 @@ def test_features_are_those_of_the_original(name):
 def test_features_are_those_of_the_plain_implementation():
     molecules = [*DRUG_SMILES, *MOLECULES, "[NH3]->[Cu]", "N[C@@H](C)c1cc[n+]([O-])cc1.[Fe+2]", "C#CC=C=C[N+]#[C-]"]
     for smiles, graph in zip(molecules, featurize_molecules(molecules, None, AS_WRITTEN), strict=True):
+        found = {"atom_features": graph.atom_features} | graph.relations(canonical_atom_order=False)._asdict()
         for name, expected in featurize_plainly(smiles).items():
-            assert np.array_equal(getattr(graph, name), expected), (smiles, name)
+            assert np.array_equal(found[name], expected), (smiles, name)
 
 
 def test_vocabulary_sizes_are_those_of_ogb():
@@ -115,17 +121,18 @@ def test_acetate_has_these_features():
         [8, 1, 2, 6, 1, 1, 2, 1, 1],
         [8, 1, 2, 5, 1, 1, 2, 1, 1],
     ]
-    assert graph.degree.tolist() == [0, 1, 3, 1, 1]
-    assert graph.shortest_path_distance[0].tolist() == [0] + [UNREACHABLE_DISTANCE] * 4
-    assert graph.shortest_path_distance[1].tolist() == [UNREACHABLE_DISTANCE, 0, 1, 2, 2]
-    assert graph.path_bond_types[1, 3].tolist() == [1, 14, 0, 0, 0]  # C-C, then a conjugated C=O
-    assert graph.path_bond_types[3, 1].tolist() == [14, 1, 0, 0, 0]
+    relations = graph.relations()
+    assert relations.degree.tolist() == [0, 1, 3, 1, 1]
+    assert relations.shortest_path_distance[0].tolist() == [0] + [UNREACHABLE_DISTANCE] * 4
+    assert relations.shortest_path_distance[1].tolist() == [UNREACHABLE_DISTANCE, 0, 1, 2, 2]
+    assert relations.path_bond_types[1, 3].tolist() == [1, 14, 0, 0, 0]  # C-C, then a conjugated C=O
+    assert relations.path_bond_types[3, 1].tolist() == [14, 1, 0, 0, 0]
     assert graph.unknown_values == {"hybridization": 1}
 
 
 def test_stereo_and_conjugation_are_in_the_joint_bond_type():
-    graph = featurize_molecule("C/C=C/C(=O)/C=C\\CCl")
-    assert graph.path_bond_types[0, 8].tolist() == [1, 18, 2, 2, 16]
+    relations = featurize_molecule("C/C=C/C(=O)/C=C\\CCl").relations()
+    assert relations.path_bond_types[0, 8].tolist() == [1, 18, 2, 2, 16]
 
 
 def test_phenylalanine_is_a_counterclockwise_centre_in_canonical_order_only():
@@ -151,9 +158,9 @@ def test_paths_follow_scipys_floyd_warshall():
 
 
 def test_long_distances_are_capped_and_the_path_is_still_followed():
-    graph = featurize_molecule("C" * 600, None, FeaturizationSettings(max_atoms=600))
-    assert graph.shortest_path_distance[0, 509] == graph.shortest_path_distance[0, 599] == MAX_DISTANCE
-    assert graph.path_bond_types[0, 599].tolist() == [1] * 5
+    relations = featurize_molecule("C" * 600, None, FeaturizationSettings(max_atoms=600)).relations()
+    assert relations.shortest_path_distance[0, 509] == relations.shortest_path_distance[0, 599] == MAX_DISTANCE
+    assert relations.path_bond_types[0, 599].tolist() == [1] * 5
 
 
 # Independence of how a molecule is written
@@ -180,7 +187,8 @@ def test_another_atom_order_gives_the_same_features(smiles):
 def test_of_several_shortest_paths_the_smallest_is_taken(smiles):
     """Compared bond by bond with every shortest path."""
     mol, graph = Chem.MolFromSmiles(smiles), featurize_molecule(smiles)
-    distance, bond_types = graph.shortest_path_distance, graph.path_bond_types[..., 0]
+    relations = graph.relations()
+    distance, bond_types = relations.shortest_path_distance, relations.path_bond_types[..., 0]
 
     def paths(start: int, stop: int) -> list[list[int]]:
         if start == stop:
@@ -192,7 +200,7 @@ def test_of_several_shortest_paths_the_smallest_is_taken(smiles):
     for start in range(graph.num_atoms):
         for stop in range(graph.num_atoms):
             shortest = min(paths(start, stop), default=[])[:5]
-            assert graph.path_bond_types[start, stop].tolist() == shortest + [0] * (5 - len(shortest))
+            assert relations.path_bond_types[start, stop].tolist() == shortest + [0] * (5 - len(shortest))
 
 
 def test_equivalent_ring_centres_have_one_chirality_and_isomers_differ():
@@ -228,17 +236,17 @@ def test_cis_of_a_users_molecule_is_z():
     mol.GetBondWithIdx(1).SetStereoAtoms(0, 3)
     mol.GetBondWithIdx(1).SetStereo(Chem.BondStereo.STEREOCIS)
     assert (
-        featurize_molecule(mol).path_bond_types[1, 2, 0]
-        == featurize_molecule("C/C=C\\C").path_bond_types[1, 2, 0]
+        featurize_molecule(mol).relations().path_bond_types[1, 2, 0]
+        == featurize_molecule("C/C=C\\C").relations().path_bond_types[1, 2, 0]
         == 15
     )
 
 
 def test_rdkits_global_stereo_flag_changes_nothing():
-    expected = [featurize_molecule(smiles).path_bond_types for smiles in ("C/C=C\\C", "C/C=C/C")]
+    expected = [featurize_molecule(smiles).relations().path_bond_types for smiles in ("C/C=C\\C", "C/C=C/C")]
     Chem.SetUseLegacyStereoPerception(False)
     try:
-        found = [featurize_molecule(smiles).path_bond_types for smiles in ("C/C=C\\C", "C/C=C/C")]
+        found = [featurize_molecule(smiles).relations().path_bond_types for smiles in ("C/C=C\\C", "C/C=C/C")]
     finally:
         Chem.SetUseLegacyStereoPerception(True)
     assert np.array_equal(found, expected)
@@ -252,6 +260,21 @@ def test_many_at_a_time_are_what_they_are_one_by_one():
             assert str(together) == str(alone)
         else:
             assert_same(together, alone)
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+@pytest.mark.parametrize("max_path_bonds", [1, 5, 8])
+def test_relations_of_many_are_those_of_each(canonical, max_path_bonds):
+    """Small ones are worked out as they come, others sorted by size; padding is zero."""
+    for copies in (1, 40):
+        graphs = featurize_molecules([*MOLECULES, "C", "CCCCCCCCCCCCCCCCCCCCCCCCCCCCCC"] * copies)
+        together = pair_relations(FlatGraphs.of(graphs), max_path_bonds, canonical)
+        for row in np.random.default_rng(0).choice(len(graphs), 16):
+            alone, n = graphs[row].relations(max_path_bonds, canonical), graphs[row].num_atoms
+            for name, values in alone._asdict().items():
+                padded = getattr(together, name)[row]
+                assert np.array_equal(padded[:n, :n] if name != "degree" else padded[:n], values)
+                assert padded.sum() == values.sum()
 
 
 def test_isolated_failure_of_rdkit_rejects_one_molecule(monkeypatch):
@@ -294,11 +317,11 @@ def test_odd_molecules_work(smiles, num_atoms, unknown):
     assert unknown is None or graph.unknown_values == unknown
     assert (graph.atom_features >= 1).all()
     assert (graph.atom_features <= ATOM_FEATURE_SIZES).all()
-    assert graph.path_bond_types.max(initial=0) <= NUM_JOINT_BOND_TYPES
+    assert graph.relations().path_bond_types.max(initial=0) <= NUM_JOINT_BOND_TYPES
 
 
 def test_a_dative_bond_is_of_no_named_type():
-    assert (featurize_molecule("[NH3]->[Cu]").path_bond_types[0, 1, 0] - 1) // 12 == 4
+    assert (featurize_molecule("[NH3]->[Cu]").relations().path_bond_types[0, 1, 0] - 1) // 12 == 4
 
 
 # Hydrogens
@@ -333,7 +356,7 @@ def test_conformers_are_generated_in_the_atom_order_of_the_input():
     graph = featurize_molecule(smiles, None, settings)
     assert graph.coordinates.shape == (2, graph.num_atoms, 3)
     bonds = np.linalg.norm(graph.coordinates[:, :, None] - graph.coordinates[:, None], axis=-1)
-    assert ((bonds > 1.1) & (bonds < 2.0))[:, graph.shortest_path_distance == 1].all()
+    assert ((bonds > 1.1) & (bonds < 2.0))[:, graph.relations().shortest_path_distance == 1].all()
     for seed in range(3):
         text, order = as_rdkit_writes(smiles, seed)
         other = featurize_molecule(text, None, settings)
@@ -447,7 +470,7 @@ def test_rdkits_log_stays_silent(capfd):
         ({"bonds": "guess"}, "`bonds` is 'guess', but has to be one of None, 'determine'"),
         ({"max_atoms": 0}, "`max_atoms` is 0, but has to be an integer of at least 1"),
         ({"num_conformers": 1.5}, "`num_conformers` is 1.5"),
-        ({"max_path_bonds": 11}, "`max_path_bonds` is 11, but has to be at most 10"),
+        ({"max_path_bonds": 11}, "`max_path_bonds` is 11, but has to be at most 8"),
         ({"conformer_seed": -1}, "`conformer_seed` is -1, but has to be an integer of at least 0"),
         ({"canonical_atom_order": "yes"}, "`canonical_atom_order` is 'yes', but has to be True or False"),
     ],

@@ -11,7 +11,7 @@ import torch
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
-from moleblend_hf.featurization_moleblend import MolecularGraph
+from moleblend_hf.graphs_moleblend import MolecularGraph
 from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeError
 from moleblend_hf.processing_moleblend import MoleBlendProcessor
 
@@ -279,6 +279,7 @@ def test_saved_settings_come_back(tmp_path):
     processor.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "featurization_moleblend.py",
+        "graphs_moleblend.py",
         "molecules_moleblend.py",
         "preprocessor_config.json",
         "processing_moleblend.py",
