@@ -1,0 +1,1018 @@
+"""Corpora as their users have them on disk -> a stream of raw `Record`s, in bounded memory, one reader a kind of source.
+
+`open_source` checks at once what can be checked before the first record: the files, their formats, the columns. Reading
+then hands on what is written: nothing is parsed by RDKit here, and nothing is skipped. A row that cannot be read is a record
+too, with the stage and the reason. Whether a file is gzipped is decided by its content, not by its name.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError  # nothing is unpickled: it is how `torch.load` refuses to
+from typing import IO, Any, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
+from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
+
+HEAD_CHARACTERS = 1 << 20  # of an SDF, in which the end of its first molecule has to be
+HEAD_RECORDS = 1000  # of an SDF, of which one at least has to have the data fields that are asked for
+BATCH_ROWS = 1000  # of Parquet and datasets, in memory at once
+MAX_FIELD_CHARACTERS = 1 << 20  # of delimited text; the module's 131,072 is less than some fields of real tables
+MAX_NAMES_IN_NOTE = 10
+
+DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
+MISSING_VALUES = frozenset(("", "nan", "na", "none", "null"))
+# Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
+SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
+ID_NAMES = (
+    "id",
+    "molid",
+    "moleculeid",
+    "compoundid",
+    "cid",
+    "chemblid",
+    "zincid",
+    "name",
+    "moleculename",
+    "compoundname",
+)
+
+GZIP = b"\x1f\x8b"
+NOT_TEXT = (  # how files start that are often found under the name of another
+    (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
+    (b"BZh", "compressed by bzip2", "Unpack it"),
+    (b"\xfd7zXZ", "compressed by xz", "Unpack it"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "Unpack it"),
+    (b"PAR1", "a Parquet file", "Read it as source 'parquet'"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file", "Run `git lfs pull`"),
+    (b"<!doctype", "a web page", "Download the file again; the address led to a page about it"),
+    (b"<html", "a web page", "Download the file again; the address led to a page about it"),
+)
+
+csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a source as it is written there; nothing is parsed by RDKit yet."""
+
+    row: int  # position in the source, from 0
+    id: str  # from the id column or the title, else the row
+    smiles: str | None = None  # without surrounding whitespace
+    sdf: str | None = None  # text of an SDF record, without its "$$$$" line
+    coordinates: list | None = None  # nested (C, n, 3) lists in angstrom, in the atom order of `smiles`
+    targets: tuple[str | float | None, ...] = ()  # as written, one for each target of the source; None where missing
+    split: str | None = None  # as in the split column or split file
+    stage: str | None = None  # where it was rejected: "csv", "sdf", "parquet", "join" or "excluded"
+    reason: str | None = None  # why, phrased to follow the name of the row: "has 5 fields, but the header has 4"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus whose files and columns were found and checked."""
+
+    name: str
+    files: tuple[Path, ...]  # all that is read; none for a dataset on the Hub
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]  # what was guessed or decided, a sentence each
+    title: str
+    reader: Callable[[], Iterator[Record]] = field(repr=False, compare=False)
+    id_column: str | None = None  # of the ids; None: they are titles, names of a SMILES file or row numbers
+    id_guessed: bool = False  # from the name of the column, so nobody said that they are unique
+    citation: str | None = None
+    license: str | None = None
+    homepage: str | None = None
+
+    def records(self) -> Iterator[Record]:
+        """All rows in the order of the files; each call starts anew and gives the same."""
+        return self.reader()
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `open_source` was told beside the input; None where it was not."""
+
+    smiles_column: str | None = None
+    id_column: str | None = None
+    targets: Sequence[str] | None = None
+    units: Mapping[str, str] | None = None
+    tasks: Mapping[str, str] | None = None
+    split_column: str | None = None
+    exclude: Path | None = None
+    delimiter: str | None = None
+
+
+def open_source(
+    kind: str,
+    input: str | Path,
+    *,
+    smiles_column: str | None = None,
+    id_column: str | None = None,
+    targets: Sequence[str] | None = None,
+    units: Mapping[str, str] | None = None,
+    tasks: Mapping[str, str] | None = None,
+    split_column: str | None = None,
+    exclude: str | Path | None = None,
+    delimiter: str | None = None,
+) -> Source:
+    """A source that was checked as far as possible before its first record is read.
+
+    Args:
+        kind: one of `SOURCES`.
+        input: pcqm4mv2, qm9: the folder of the files. parquet: a file or a folder of them. dataset: a folder saved by
+            `datasets`, or "user/name" on the Hub, each with ":split" for one split alone. Else: a file.
+        smiles_column: column of the SMILES; guessed from its name if it is not given.
+        id_column: column (SDF: data field) of the ids; guessed if exactly one column is named like one.
+        targets: columns (SDF: data fields) of the targets. Not given: those a known corpus has, none of a table.
+        units: unit of a target, by its name; goes before what is known.
+        tasks: "regression" or "classification" of a target, by its name; goes before what is known.
+        split_column: column (SDF: data field) that says which split a row belongs to.
+        exclude: list of QM9 ids to reject, such as its uncharacterized.txt.
+        delimiter: one character, of csv and tsv.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"There is no source {kind!r}. Choose one of {_listed(SOURCES)}.")
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be a list of names, got the text {targets!r}. Put it into a list.")
+    options = _Options(
+        smiles_column=smiles_column,
+        id_column=id_column,
+        targets=targets,
+        units=units or None,
+        tasks=tasks or None,
+        split_column=split_column,
+        exclude=None if exclude is None else Path(exclude),
+        delimiter=delimiter,
+    )
+    opener, used = _KINDS[kind]
+    unused = [name for name in _Options.__slots__ if getattr(options, name) is not None and name not in used]
+    if unused:
+        raise ValueError(
+            f"{unused[0]} has no meaning for source {kind!r}. It takes {_listed(used) if used else 'no options'}."
+        )
+    if wrong := sorted(set((tasks or {}).values()) - {"regression", "classification"}):
+        raise ValueError(f"A task must be 'regression' or 'classification', got {wrong[0]!r}.")
+    if delimiter is not None and len(delimiter) != 1:
+        raise ValueError(f"The delimiter must be one character, got {delimiter!r}.")
+    return opener(str(input), options)
+
+
+# Files
+
+
+def _is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP
+
+
+def _open_bytes(path: Path) -> io.BufferedReader:
+    """Content of a file, unpacked if it is gzipped."""
+    return cast(io.BufferedReader, gzip.open(path)) if _is_gzip(path) else open(path, "rb")
+
+
+def _head(path: Path, size: int = 512) -> bytes:
+    """First bytes of the unpacked content; fewer if it is shorter or damaged."""
+    head = b""
+    try:
+        with _open_bytes(path) as file:
+            while len(head) < size and (chunk := file.read1(size - len(head))):
+                head += chunk
+    except DAMAGE:
+        pass
+    return head
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
+@contextmanager
+def _open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Lines of a text file that may be gzipped, or in a tar archive, of which the first SDF is read and nothing extracted."""
+    head = _head(path)
+    with ExitStack() as stack:
+        file = stack.enter_context(_open_bytes(path))
+        if _is_tar(head):
+            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
+            # Archives that were packed on macOS have a "._NAME" of metadata before each file.
+            members = (member for member in archive if member.isfile() and not Path(member.name).name.startswith("._"))
+            sdf = next((member for member in members if member.name.endswith(".sdf")), None)
+            if sdf is None:
+                raise ValueError(f"The archive {path} holds no file that ends in .sdf. Give one that does.")
+            file = cast(io.BufferedReader, archive.extractfile(sdf))
+        encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors="replace", newline=newline))
+
+
+def _check_text(path: Path, expected: str, tar: bool = False) -> None:
+    """Raises unless the file is there and can be text."""
+    _check_file(path, expected)
+    head, is_gzip = _head(path), _is_gzip(path)
+    if not head:
+        state = "is damaged: nothing in it can be unpacked" if is_gzip and path.stat().st_size else "is empty"
+        raise ValueError(f"{path} {state}; {expected} was expected. Fetch it again.")
+    for magic, what, remedy in NOT_TEXT:
+        if head.lstrip().lower().startswith(magic.lower()):
+            raise ValueError(f"{path} is {what}; {expected} was expected. {remedy}.")
+    if path.suffix in (".gz", ".tgz") and not is_gzip:
+        raise ValueError(f"{path} is not gzipped, as its name says. Fetch it again, or rename it if it is complete.")
+    if _is_tar(head) and not tar:
+        raise ValueError(f"{path} is a tar archive; {expected} was expected. Unpack it.")
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if not path.is_file():
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{str(path)!r} {state}; {expected} was expected. Give the path of one.")
+
+
+def _check_folder(folder: Path, expected: str) -> None:
+    if not folder.is_dir():
+        state = "is a file" if folder.is_file() else "does not exist"
+        raise FileNotFoundError(f"{str(folder)!r} {state}; {expected} was expected. Give the path of one.")
+
+
+# Targets and columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Names of the columns from which the parts of a record are taken."""
+
+    smiles: str | None = None
+    id: str | None = None
+    targets: tuple[str, ...] = ()
+    split: str | None = None
+    coordinates: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        names = (self.smiles, self.id, *self.targets, self.split, self.coordinates)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _choose_targets(
+    available: Iterable[str],
+    where: object,
+    options: _Options,
+    known: Iterable[Target] = (),
+    others: Iterable[Target] = (),
+) -> tuple[Target, ...]:
+    """The targets that are asked for, else all `known`; `others` only lends its units and tasks."""
+    known = tuple(known)
+    by_name = {target.name: target for target in (*known, *others)}
+    names = [target.name for target in known] if options.targets is None else list(dict.fromkeys(options.targets))
+    _check_columns(names, available, where)
+    units, tasks = options.units or {}, options.tasks or {}
+    if strangers := [name for name in (*units, *tasks) if name not in names]:
+        chosen = f"The targets: {_listed(names)}" if names else "No target is named"
+        raise ValueError(f"{strangers[0]!r} has a unit or a task, but is no target. {chosen}.")
+    found = (by_name.get(name, Target(name)) for name in names)
+    return tuple(
+        Target(target.name, units.get(target.name, target.unit), tasks.get(target.name, target.task))
+        for target in found
+    )
+
+
+def _check_columns(names: Iterable[str | None], available: Iterable[str], where: object) -> None:
+    available = list(available)
+    for name in names:
+        if name is not None and name not in available:
+            raise ValueError(f"{where} has no column {name!r}. Its columns: {_listed(available, 100)}.")
+
+
+def _choose_columns(
+    available: Sequence[str], where: object, targets: Sequence[Target], options: _Options
+) -> tuple[_Columns, list[str]]:
+    """Columns as they are named or can be guessed, and what to tell about the choice."""
+    _check_columns((options.smiles_column, options.id_column, options.split_column), available, where)
+    notes: list[str] = []
+    smiles, identifier = options.smiles_column, options.id_column
+    if smiles is None:
+        smiles = _guess_smiles(available, where)
+        notes.append(f"SMILES column: {smiles!r} (guessed; --smiles_column names another).")
+    if identifier is None:
+        taken = {smiles, options.split_column, *(target.name for target in targets)}
+        ids = [name for name in available if _plain(name) in ID_NAMES and name not in taken]
+        if len(ids) == 1:
+            identifier = ids[0]
+            notes.append(f"Id column: {identifier!r} (guessed; --id_column names another).")
+        else:
+            why = f"{_listed(ids)} could hold ids" if ids else "no column is named like an id"
+            notes.append(f"Ids: row numbers, because {why} (--id_column names a column).")
+    columns = _Columns(smiles, identifier, tuple(target.name for target in targets), options.split_column)
+    return columns, notes
+
+
+def _guess_smiles(available: Sequence[str], where: object) -> str:
+    plain = {_plain(name): name for name in reversed(available)}
+    for name in SMILES_NAMES:
+        if name in plain:
+            return plain[name]
+    like = [name for name in available if "smiles" in name.lower()]
+    if len(like) == 1:
+        return like[0]
+    raise ValueError(
+        f"No column of {where} can be told to hold the SMILES. Name it with --smiles_column. "
+        f"Its columns: {_listed(available, 100)}."
+    )
+
+
+def _note_not_taken(available: Iterable[str], taken: Iterable[str], what: str = "Columns") -> list[str]:
+    taken = set(taken)
+    rest = [name for name in available if name not in taken]
+    return [f"{what} not taken: {_listed(rest)}."] if rest else []
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _listed(names: Iterable[str], limit: int = MAX_NAMES_IN_NOTE) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
+def _value(text: str) -> str | None:
+    text = text.strip()
+    return None if text.lower() in MISSING_VALUES else text
+
+
+# Delimited text
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A delimited text file whose header was read."""
+
+    path: Path
+    delimiter: str
+    columns: tuple[str, ...]
+
+
+def _open_table(path: Path, delimiter: str) -> _Table:
+    _check_text(path, "a text table")
+    header = next(_read_rows(path, delimiter), None)
+    if header is None or isinstance(header, str):
+        raise ValueError(f"{path} has no header that can be read: the file {header or 'is empty'}. Fetch it again.")
+    columns: dict[str, None] = {}
+    for name in map(str.strip, header):
+        # As pandas names them: the second column "x" is "x.1".
+        names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+        columns[next(unused for unused in names if unused not in columns)] = None
+    return _Table(path, delimiter, tuple(columns))
+
+
+def _read_rows(path: Path, delimiter: str) -> Iterator[list[str] | str]:
+    """Rows that are not blank, the header first; where one cannot be read, the reason."""
+    with _open_text(path, newline="") as file:
+        # Strict, or else a quote that is never closed swallows the rows after it without a word.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                lines = f"line {line}" if reader.line_num <= line else f"lines {line} to {reader.line_num}"
+                yield f"cannot be read from {lines}: {error}; is there a stray or unclosed quote?"
+                continue
+            except DAMAGE as error:
+                yield f"lies where {path.name} is damaged, at line {line}: {error}"
+                return
+            if len(row) > 1 or (row and row[0].strip()):
+                yield row
+
+
+def _read_table(table: _Table, columns: _Columns) -> Iterator[Record]:
+    """Records of a table without coordinates."""
+    at = {name: index for index, name in enumerate(table.columns)}
+    smiles, identifier, split = (
+        None if name is None else at[name] for name in (columns.smiles, columns.id, columns.split)
+    )
+    targets = [at[name] for name in columns.targets]
+    width = len(table.columns)
+    for row, fields in enumerate(itertools.islice(_read_rows(table.path, table.delimiter), 1, None)):
+        if isinstance(fields, str):
+            yield Record(row, str(row), stage="csv", reason=fields)
+        elif len(fields) != width:
+            plural = "" if len(fields) == 1 else "s"
+            yield Record(
+                row, str(row), stage="csv", reason=f"has {len(fields)} field{plural}, but the header has {width}"
+            )
+        else:
+            yield Record(
+                row,
+                (fields[identifier].strip() if identifier is not None else "") or str(row),
+                None if smiles is None else fields[smiles].strip(),
+                targets=tuple([_value(text) if (text := fields[index]) else None for index in targets]),
+                split=None if split is None else _value(fields[split]),
+            )
+
+
+def _open_csv(kind: str, input: str, options: _Options) -> Source:
+    path = Path(input)
+    notes: list[str] = []
+    table = _open_table(path, options.delimiter or {"csv": ",", "tsv": "\t"}[kind])
+    if options.delimiter is None and len(table.columns) == 1:
+        others = [character for character in ",;\t" if character in table.columns[0]]
+        if len(others) == 1:
+            table = _open_table(path, others[0])
+            notes.append(f"Delimiter: {others[0]!r} (guessed; --delimiter names another).")
+    targets = _choose_targets(table.columns, path, options)
+    columns, guesses = _choose_columns(table.columns, path, targets, options)
+    notes += guesses + _note_not_taken(table.columns, columns.names)
+    return Source(
+        kind,
+        (path,),
+        targets,
+        tuple(notes),
+        path.name,
+        partial(_read_table, table, columns),
+        id_column=columns.id,
+        id_guessed=columns.id != options.id_column,
+    )
+
+
+# SMILES files
+
+# A CXSMILES extension belongs to the SMILES although there is a space before it.
+_SMI_LINE = re.compile(r"(\S+(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
+
+
+def _open_smi(input: str, options: _Options) -> Source:
+    path = Path(input)
+    _check_text(path, "a file with a SMILES and a name a line")
+    return Source("smi", (path,), (), (), path.name, partial(_read_smi, path))
+
+
+def _read_smi(path: Path) -> Iterator[Record]:
+    row = 0
+    with _open_text(path) as file:
+        try:
+            for line in file:
+                match = _SMI_LINE.match(line.strip())
+                if match is None or (row == 0 and match[1].lower() == "smiles"):
+                    continue
+                yield Record(row, match[2].strip() or str(row), match[1])
+                row += 1
+        except DAMAGE as error:
+            yield Record(row, str(row), stage="csv", reason=f"lies where {path.name} is damaged: {error}")
+
+
+# SDF
+
+_FIELD_HEADER = re.compile(r">[^<]*<([^>]*)>")
+
+
+def _read_sdf_texts(path: Path) -> Iterator[str | MoleculeError]:
+    with _open_text(path) as lines:
+        try:
+            yield from sdf_records(lines)
+        except tarfile.TarError as error:
+            yield MoleculeError(f"lies where the file is damaged: {first_line(error)}", "sdf", "Fetch the file again")
+
+
+def _check_sdf(path: Path) -> None:
+    """Raises unless a molecule ends near the start: what is no SDF has no end of record either, and fills the memory."""
+    _check_text(path, "an SDF or MOL file", tar=True)
+    size = 0
+    try:
+        with _open_text(path) as file:
+            while size < HEAD_CHARACTERS and (line := file.readline(HEAD_CHARACTERS)):
+                if line.startswith(("M  END", "$$$$")):
+                    return
+                size += len(line)
+    except DAMAGE as error:
+        raise ValueError(f"{path} is damaged before its first molecule ends: {error}. Fetch it again.") from error
+    raise ValueError(
+        f"{path} is no SDF or MOL file: no line of its first {size:,} characters starts with 'M  END' or '$$$$'. "
+        "Give one, or another --source."
+    )
+
+
+def _sdf_fields(text: str) -> dict[str, str]:
+    """Data fields of an SDF record. The value of one goes on until a blank line."""
+    _, start, tail = text.partition("\n>")
+    lines = iter((start[1:] + tail).split("\n"))
+    fields: dict[str, str] = {}
+    for line in lines:
+        if header := _FIELD_HEADER.match(line):
+            fields[header[1]] = "\n".join(itertools.takewhile(str.strip, lines)).strip()
+    return fields
+
+
+def _sdf_record(row: int, text: str | MoleculeError) -> Record:
+    if isinstance(text, MoleculeError):
+        return Record(row, str(row), stage="sdf", reason=text.reason)
+    return Record(row, text.partition("\n")[0].strip() or str(row), sdf=text)
+
+
+def _open_sdf(input: str, options: _Options) -> Source:
+    path = Path(input)
+    _check_sdf(path)
+    available: dict[str, None] = {}
+    for text in itertools.islice(_read_sdf_texts(path), HEAD_RECORDS):
+        if isinstance(text, str):
+            available |= dict.fromkeys(_sdf_fields(text))
+    for name in (*(options.targets or ()), options.id_column, options.split_column):
+        if name is not None and name not in available:
+            raise ValueError(
+                f"None of the first {HEAD_RECORDS:,} records of {path} has a data field {name!r}. "
+                f"Their fields: {_listed(available, 100) or 'none'}."
+            )
+    targets = _choose_targets(available, path, options)
+    columns = _Columns(None, options.id_column, tuple(target.name for target in targets), options.split_column)
+    notes = _note_not_taken(available, columns.names, "Data fields")
+    return Source(
+        "sdf", (path,), targets, tuple(notes), path.name, partial(_read_sdf, path, columns), id_column=columns.id
+    )
+
+
+def _read_sdf(path: Path, columns: _Columns) -> Iterator[Record]:
+    for row, text in enumerate(_read_sdf_texts(path)):
+        record = _sdf_record(row, text)
+        if columns.names and isinstance(text, str):
+            fields = _sdf_fields(text)
+            record = replace(
+                record,
+                id=record.id if columns.id is None else fields.get(columns.id) or str(row),
+                targets=tuple(_value(fields.get(name, "")) for name in columns.targets),
+                split=None if columns.split is None else _value(fields.get(columns.split, "")),
+            )
+        yield record
+
+
+def _join(table: Iterator[Record], texts: Iterator[str | MoleculeError]) -> Iterator[Record]:
+    """Rows of a table with the SDF records of the same position; rows beyond the last record have none."""
+    for row, (record, text) in enumerate(itertools.zip_longest(table, texts)):
+        if record is None:
+            extra = _sdf_record(row, text)
+            reason = "is a record of the SDF beyond the last row of the table"
+            yield extra if extra.stage else replace(extra, stage="join", reason=reason)
+        elif record.stage or text is None:
+            yield record
+        elif isinstance(text, MoleculeError):
+            yield replace(record, stage="sdf", reason=f"{text.reason}; the rows after it have no SDF record")
+        else:
+            yield replace(record, sdf=text)
+
+
+def _one_of(paths: Iterable[Path], what: str) -> Path | None:
+    paths = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+    if len(paths) > 1:
+        raise ValueError(f"There are several {what}: {', '.join(map(str, paths))}. Leave the one to read.")
+    return paths[0] if paths else None
+
+
+# PCQM4Mv2
+
+
+def _open_pcqm4mv2(input: str, options: _Options) -> Source:
+    folder = Path(input)
+    _check_folder(folder, "the folder of PCQM4Mv2")
+    places = (folder, folder / "raw")
+    candidates = [place / name for place in places for name in ("data.csv.gz", "data.csv")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} holds neither data.csv.gz nor raw/data.csv.gz. Give the folder into which OGB unpacked PCQM4Mv2."
+        )
+    table = _open_table(path, ",")
+    targets = _choose_targets(table.columns, path, options, PCQM4MV2_TARGETS)
+    identifier = next((name for name in ("idx", "row") if name in table.columns), None)
+    columns = _Columns("smiles", identifier, tuple(target.name for target in targets))
+    _check_columns(columns.names, table.columns, path)
+
+    files, notes = [path], []
+    endings = ("*.sdf", "*.sdf.gz", "*.tar.gz")
+    sdf = _one_of((path for place in places for ending in endings for path in place.glob(ending)), "SDF files")
+    if sdf is None:
+        notes.append(f"No SDF file in {folder}: all molecules are without geometry.")
+    else:
+        _check_sdf(sdf)
+        files.append(sdf)
+        notes.append(f"Geometries: {sdf.name}, of which record i belongs to row i of {path.name}.")
+    split_path = next((p for p in (folder / "split_dict.pt", folder.parent / "split_dict.pt") if p.is_file()), None)
+    if split_path is None:
+        notes.append("No split_dict.pt: the rows belong to no split.")
+    else:
+        read_split_dict(split_path)
+        files.append(split_path)
+    return Source(
+        "pcqm4mv2",
+        tuple(files),
+        targets,
+        tuple(notes),
+        reader=partial(_read_pcqm4mv2, table, columns, sdf, split_path),
+        id_column=identifier,
+        **asdict(PCQM4MV2),
+    )
+
+
+def _read_pcqm4mv2(table: _Table, columns: _Columns, sdf: Path | None, split_path: Path | None) -> Iterator[Record]:
+    split_of, names = (np.zeros(0, np.uint8), ("",)) if split_path is None else read_split_dict(split_path)
+    for record in _join(_read_table(table, columns), iter(()) if sdf is None else _read_sdf_texts(sdf)):
+        # By the index that is written, not the position: a part of the corpus keeps the splits of the whole.
+        index = int(record.id) if record.id.isdecimal() else -1
+        split = names[split_of[index]] if 0 <= index < len(split_of) else ""
+        yield replace(record, split=split) if split else record
+
+
+def read_split_dict(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """OGB's split_dict.pt as a code for each index, and the name of each code; code 0 is no split.
+
+    The file was pickled by `torch.save`; only what NumPy needs to rebuild an array is allowed in it.
+    """
+    reconstruct = np.zeros(0).__reduce__()[0]
+    allowed: list[Any] = [
+        (reconstruct, "numpy.core.multiarray._reconstruct"),  # NumPy 1 wrote it by this name, NumPy 2 by the next
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        bytes,  # of an empty array
+        *{type(np.dtype(name)) for name in ("int32", "int64", "uint32", "uint64")},
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            splits = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"needs {needed[1]}, which is not allowed to run" if needed else f"is damaged: {first_line(error)}"
+        raise ValueError(f"{path} {what}. Fetch OGB's split_dict.pt again, or remove the file.") from error
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(
+            f"{path} holds a {type(splits).__name__}; a dict of index arrays was expected. Fetch it again."
+        )
+    indices = {str(name): np.asarray(values) for name, values in splits.items()}
+    for name, values in indices.items():
+        if values.ndim != 1 or values.dtype.kind not in "iu" or (values.size and values.min() < 0):
+            raise ValueError(f"Split {name!r} in {path} is no list of indices. Fetch the file again.")
+    split_of = np.zeros(max(int(values.max(initial=-1)) for values in indices.values()) + 1, np.uint8)
+    for code, values in enumerate(indices.values(), start=1):
+        split_of[values] = code
+    return split_of, ("", *("validation" if name == "valid" else name for name in indices))
+
+
+# QM9
+
+
+def _open_qm9(input: str, options: _Options) -> Source:
+    folder = Path(input)
+    _check_folder(folder, "the folder of QM9")
+    sdf = _one_of((path for ending in ("*.sdf", "*.sdf.gz") for path in folder.glob(ending)), "SDF files")
+    if sdf is None:
+        raise FileNotFoundError(f"{folder} holds no *.sdf or *.sdf.gz. Give the folder of gdb9.sdf and gdb9.sdf.csv.")
+    _check_sdf(sdf)
+    files, notes = [sdf], []
+    path = _one_of(
+        (path for ending in ("*.sdf.csv", "*.sdf.csv.gz") for path in folder.glob(ending)), "tables of targets"
+    )
+    if path is None:
+        table = None
+        notes.append(f"No {sdf.name.removesuffix('.gz')}.csv in {folder}: there are no targets.")
+        targets = _choose_targets((), folder, options)
+    else:
+        files.append(path)
+        table = _open_table(path, ",")
+        known = tuple(target for target in QM9_TARGETS if target.name in table.columns)
+        targets = _choose_targets(table.columns, path, options, known)
+    columns = _Columns(None, "mol_id", tuple(target.name for target in targets))
+    if table is not None:
+        _check_columns(columns.names, table.columns, path)
+        notes += _note_not_taken(table.columns, columns.names)
+
+    excluded: frozenset[int] = frozenset()
+    if options.exclude is not None:
+        excluded = read_qm9_ids(options.exclude)
+        files.append(options.exclude)
+        notes.append(f"Excluded: {len(excluded):,} ids listed in {options.exclude.name}.")
+    elif (folder / "uncharacterized.txt").is_file():
+        notes.append("uncharacterized.txt is there, but nothing is excluded; --exclude names the file to do so.")
+    return Source(
+        "qm9",
+        tuple(files),
+        targets,
+        tuple(notes),
+        reader=partial(_read_qm9, table, columns, sdf, options.exclude, excluded),
+        id_column="mol_id" if table else None,
+        **asdict(QM9),
+    )
+
+
+def _read_qm9(
+    table: _Table | None, columns: _Columns, sdf: Path, exclude: Path | None, excluded: frozenset[int]
+) -> Iterator[Record]:
+    texts = _read_sdf_texts(sdf)
+    if table is None:
+        records = (_sdf_record(row, text) for row, text in enumerate(texts))
+    else:
+        records = (_checked_join(record, sdf) for record in _join(_read_table(table, columns), texts))
+    for record in records:
+        if exclude is not None and not record.stage and _qm9_number(record.id) in excluded:
+            yield replace(record, stage="excluded", reason=f"is listed in {exclude.name}")
+        else:
+            yield record
+
+
+def _checked_join(record: Record, sdf: Path) -> Record:
+    """The record, rejected unless its id in the table is the title of its SDF record."""
+    if record.stage:
+        return record
+    if record.sdf is None:
+        return replace(record, stage="join", reason=f"has no record in {sdf.name}")
+    title = record.sdf.partition("\n")[0].strip()
+    if title != record.id:
+        return replace(record, stage="join", reason=f"is {record.id!r} in the table, but {title!r} in {sdf.name}")
+    return record
+
+
+def read_qm9_ids(path: Path) -> frozenset[int]:
+    """Numbers of the molecules in a list: lines that start with a number or `gdb_N`, such as QM9's uncharacterized.txt."""
+    _check_text(path, "a list of QM9 ids")
+    with _open_text(path) as file:
+        tokens = (line.split(None, 1)[0] for line in file if line.strip())
+        numbers = frozenset(number for token in tokens if (number := _qm9_number(token)) is not None)
+    if not numbers:
+        raise ValueError(
+            f"{path} lists no ids: no line starts with a number or gdb_N. Give QM9's uncharacterized.txt."
+        )
+    return numbers
+
+
+def _qm9_number(text: str) -> int | None:
+    number = text.removeprefix("gdb_")
+    return int(number) if number.isdecimal() else None
+
+
+# MoleculeNet
+
+
+def _open_moleculenet(input: str, options: _Options) -> Source:
+    path = Path(input)
+    _check_file(path, "a CSV file of MoleculeNet")
+    name = next((n for n, s in MOLECULENET_SETS.items() if path.name.lower().startswith(s.file_names)), None)
+    if name is None:
+        raise ValueError(
+            f"{path.name!r} starts with the name of no MoleculeNet set. Rename it after one of "
+            f"{_listed(MOLECULENET_SETS, 100)}, or read it as source 'csv'."
+        )
+    known = MOLECULENET_SETS[name]
+    table = _open_table(path, ",")
+    smiles = options.smiles_column or known.smiles
+    identifier = options.id_column or (known.id if known.id in table.columns else None)
+    targets = known.targets
+    if not targets:
+        prefix, unit = known.unit_of_prefix
+        others = [column for column in table.columns if column not in (smiles, identifier, options.split_column)]
+        targets = tuple(
+            Target(column, unit if prefix and column.startswith(prefix) else None, known.task)
+            for column in others
+            if _plain(column) not in ("", *ID_NAMES)
+        )
+    columns = _Columns(smiles, identifier, (), options.split_column)
+    _check_columns(columns.names, table.columns, path)
+    chosen = _choose_targets(table.columns, path, options, targets, (*targets, *known.others))
+    columns = replace(columns, targets=tuple(target.name for target in chosen))
+    return Source(
+        f"moleculenet/{name}",
+        (path,),
+        chosen,
+        (
+            f"MoleculeNet set: {name} (from the name of the file).",
+            *_note_not_taken(table.columns, columns.names),
+        ),
+        reader=partial(_read_table, table, columns),
+        id_column=identifier,
+        **{**asdict(MOLECULENET), "title": f"{known.title} (MoleculeNet)"},
+    )
+
+
+# Parquet and datasets
+
+
+def _read_batches(
+    batches: Iterable[Mapping[str, list]], columns: _Columns, first_row: int = 0, split: str | None = None
+) -> Iterator[Record]:
+    """Records of batches of columns."""
+    row = first_row
+    for batch in batches:
+        nothing = [None] * len(batch[cast(str, columns.smiles)])
+        smiles, ids, splits, coordinates = (
+            nothing if name is None else batch[name]
+            for name in (columns.smiles, columns.id, columns.split, columns.coordinates)
+        )
+        for index, text in enumerate(smiles):
+            yield Record(
+                row,
+                ("" if ids[index] is None else str(ids[index]).strip()) or str(row),
+                "" if text is None else str(text).strip(),
+                coordinates=_conformers(coordinates[index]),
+                targets=tuple([_cell(batch[name][index]) for name in columns.targets]),
+                split=split if splits[index] is None else _value(str(splits[index])),
+            )
+            row += 1
+
+
+def _conformers(coordinates: list | None) -> list | None:
+    """Coordinates (n, 3) or (C, n, 3) as the latter."""
+    if not coordinates:
+        return None
+    first = coordinates[0]
+    return coordinates if isinstance(first, list) and first and isinstance(first[0], list) else [coordinates]
+
+
+def _cell(value: Any) -> str | float | None:
+    if value is None or isinstance(value, str):
+        return None if value is None else _value(value)
+    number = float(value)
+    return None if number != number else number
+
+
+def _with_coordinates(columns: _Columns, notes: list[str], available: Sequence[str]) -> tuple[_Columns, list[str]]:
+    """The columns, with `coordinates` if there is such a column and it is nothing else."""
+    if "coordinates" in available and "coordinates" not in columns.names:
+        columns = replace(columns, coordinates="coordinates")
+        notes = [*notes, "Coordinates: column 'coordinates', in the atom order of the SMILES."]
+    return columns, [*notes, *_note_not_taken(available, columns.names)]
+
+
+def _open_parquet(input: str, options: _Options) -> Source:
+    path = Path(input)
+    paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not paths:
+        raise FileNotFoundError(f"The folder {input!r} holds no *.parquet file. Give a file, or a folder of them.")
+    schemas = [_parquet_schema(file) for file in paths]
+    targets = _choose_targets(schemas[0].names, paths[0], options)
+    columns, notes = _choose_columns(schemas[0].names, paths[0], targets, options)
+    columns, notes = _with_coordinates(columns, notes, schemas[0].names)
+    for file, schema in zip(paths, schemas, strict=True):
+        _check_columns(columns.names, schema.names, file)
+        _check_types(columns, schema, file)
+    return Source(
+        "parquet",
+        tuple(paths),
+        targets,
+        tuple(notes),
+        path.name,
+        partial(_read_parquet, tuple(paths), columns),
+        id_column=columns.id,
+        id_guessed=columns.id != options.id_column,
+    )
+
+
+def _parquet_schema(path: Path) -> pa.Schema:
+    _check_file(path, "a Parquet file")
+    with open(path, "rb") as file:
+        start = file.read(4)
+        file.seek(-min(4, path.stat().st_size), io.SEEK_END)
+        end = file.read(4)
+    if start != b"PAR1":
+        raise ValueError(f"{path} is no Parquet file: it does not start with 'PAR1'. Fetch it again.")
+    if end != b"PAR1":
+        raise ValueError(f"{path} is cut short: it does not end with 'PAR1'. Fetch it again.")
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"The schema of {path} could not be read: {first_line(error)}. Fetch it again.") from error
+
+
+def _check_types(columns: _Columns, schema: pa.Schema, where: object) -> None:
+    """Raises unless SMILES are text, targets text or numbers, and coordinates nested lists."""
+    checks: list[tuple[str | None, Callable[[pa.DataType], bool], str]] = [
+        (columns.smiles, _is_text, "text was expected. Name another column"),
+        (columns.coordinates, _is_nested_list, "lists (atoms, 3) were expected. Convert or drop the column"),
+        *((name, _is_value, "numbers or text were expected. Name another column") for name in columns.targets),
+    ]
+    for name, fits, expected in checks:
+        if name is not None:
+            found = schema.field(name).type
+            found = found.storage_type if isinstance(found, pa.BaseExtensionType) else found
+            found = found.value_type if pa.types.is_dictionary(found) else found
+            if not fits(found):
+                raise ValueError(f"Column {name!r} of {where} has the type {found}, but {expected}.")
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
+
+
+def _is_value(type: pa.DataType) -> bool:
+    is_number = pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_decimal(type)
+    return is_number or _is_text(type) or pa.types.is_boolean(type) or pa.types.is_null(type)
+
+
+def _is_nested_list(type: pa.DataType) -> bool:
+    def is_list(type: pa.DataType) -> bool:
+        return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+
+    return is_list(type) and is_list(type.value_type)
+
+
+def _read_parquet(paths: Sequence[Path], columns: _Columns) -> Iterator[Record]:
+    row = 0
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                batches = (batch.to_pydict() for batch in file.iter_batches(BATCH_ROWS, columns=columns.names))
+                for record in _read_batches(batches, columns, row):
+                    yield record
+                    row += 1
+        except (OSError, pa.ArrowException) as error:
+            yield Record(
+                row, str(row), stage="parquet", reason=f"lies where {path.name} is damaged: {first_line(error)}"
+            )
+            row += 1
+
+
+def _open_dataset(input: str, options: _Options) -> Source:
+    # A folder may have a colon in its name.
+    name, _, split = (input, "", "") if Path(input).exists() or ":" not in input else input.rpartition(":")
+    files: tuple[Path, ...] = ()
+    if Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            raise ValueError(
+                f"{name!r} is no folder saved by `datasets`. Give one, or read Parquet files as source 'parquet'."
+            )
+        loaded = datasets.load_from_disk(name)
+        files = tuple(sorted(file for file in Path(name).rglob("*") if file.is_file()))
+        if split:
+            splits = loaded if isinstance(loaded, dict) else {}
+            if split not in splits:
+                raise ValueError(f"{name!r} has no split {split!r}. Its splits: {_listed(splits) or 'none'}.")
+            loaded = splits[split]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        loaded = datasets.load_dataset(name, split=split or None, streaming=True)
+    else:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a dataset on the Hub such as 'user/name'.")
+
+    parts = dict(loaded) if isinstance(loaded, dict) else {split: loaded}
+    first = next(iter(parts.values()))
+    # A stream from the Hub may not know its columns before its first row.
+    available = first.column_names or list(next(iter(first), {}))
+    targets = _choose_targets(available, name, options)
+    columns, notes = _choose_columns(available, name, targets, options)
+    columns, notes = _with_coordinates(columns, notes, available)
+    for part_name, part in parts.items():
+        where = f"{name} ({part_name})" if part_name else name
+        if part.features is not None:
+            _check_columns(columns.names, part.features, where)
+            _check_types(columns, part.features.arrow_schema, where)
+    return Source(
+        "dataset",
+        files,
+        targets,
+        tuple(notes),
+        name,
+        partial(_read_dataset, parts, columns),
+        id_column=columns.id,
+        id_guessed=columns.id != options.id_column,
+        citation=first.info.citation or None,
+        license=first.info.license or None,
+        homepage=first.info.homepage or None,
+    )
+
+
+def _read_dataset(parts: Mapping[str, Any], columns: _Columns) -> Iterator[Record]:
+    row = 0
+    for split, part in parts.items():
+        batches = part.select_columns(columns.names).with_format(None).iter(BATCH_ROWS)
+        for record in _read_batches(batches, columns, row, split or None):
+            yield record
+            row += 1
+
+
+# Kinds of source: what opens one, and the options it takes.
+_COLUMN_OPTIONS = ("smiles_column", "id_column", "targets", "units", "tasks", "split_column")
+_KINDS: dict[str, tuple[Callable[[str, _Options], Source], tuple[str, ...]]] = {
+    "pcqm4mv2": (_open_pcqm4mv2, ("targets", "units")),
+    "qm9": (_open_qm9, ("targets", "units", "exclude")),
+    "moleculenet": (_open_moleculenet, _COLUMN_OPTIONS),
+    "csv": (partial(_open_csv, "csv"), (*_COLUMN_OPTIONS, "delimiter")),
+    "tsv": (partial(_open_csv, "tsv"), (*_COLUMN_OPTIONS, "delimiter")),
+    "smi": (_open_smi, ()),
+    "sdf": (_open_sdf, tuple(name for name in _COLUMN_OPTIONS if name != "smiles_column")),
+    "parquet": (_open_parquet, _COLUMN_OPTIONS),
+    "dataset": (_open_dataset, _COLUMN_OPTIONS),
+}
+SOURCES = tuple(_KINDS)
