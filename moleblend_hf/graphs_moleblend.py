@@ -27,10 +27,7 @@ MAX_DISTANCE = 509  # longest shortest path that is told apart, in bonds
 UNREACHABLE_DISTANCE = 510
 MAX_PATH_BONDS = 8  # what fits into one integer, beside the length of the path
 
-_BITS_A_BOND = 6  # a joint bond type is at most 60
-_ONE_BOND = np.uint64((1 << _BITS_A_BOND) - 1)
-_INFINITE = 1 << 14  # more than any length of a path; twice this fits into 16 bits
-_PAIRS_A_GROUP = 20_000  # atom pairs handled together: small enough for the cache, large enough to hide Python
+_PAIRS_A_GROUP = 100_000  # atom pairs handled together: small enough for the cache, large enough to hide Python
 
 
 class PairRelations(NamedTuple):
@@ -158,28 +155,37 @@ def pair_relations(graphs: FlatGraphs, max_path_bonds: int, canonical_atom_order
     bond_row, _ = ragged(graphs.num_bonds)
     begin, end = graphs.bonds.T.astype(np.int64)
     degree = np.bincount(np.concatenate([bond_row * width + begin, bond_row * width + end]), minlength=num * width)
+    # Bond types are numbered by those that occur, in their order, so that a path takes few bits. 0 is no bond.
+    occurring = np.bincount(graphs.bond_types, minlength=1) > 0
+    occurring[0] = True
+    kinds = np.flatnonzero(occurring)
+    codes = (np.cumsum(occurring) - 1).astype(np.uint8)[graphs.bond_types]
+    bits = (len(kinds) - 1).bit_length()
     bond_stop = np.cumsum(graphs.num_bonds)
     distance = np.zeros((num, width, width), dtype=np.int64)
-    path_bond_types = np.zeros((num, width, width, max_path_bonds), dtype=np.int64)
+    hops = np.zeros((max_path_bonds, num, width, width), dtype=np.int64)  # written and read a hop at a time
     find_paths = smallest_paths if canonical_atom_order else first_found_paths
     for group in _groups_of_like_size(graphs.num_atoms):
         sizes, bonds = graphs.num_atoms[group], graphs.num_bonds[group]
         size = int(sizes.max())
         row, bond = ragged(bonds)
         bond += np.repeat(bond_stop[group] - bonds, bonds)
-        bond_types = np.zeros((len(group), size, size), dtype=np.uint8)
-        bond_types[row, begin[bond], end[bond]] = bond_types[row, end[bond], begin[bond]] = graphs.bond_types[bond]
-        found, path = find_paths(bond_types, max_path_bonds)
-        if (sizes < size).any():
+        bond_codes = np.zeros((len(group), size, size), dtype=np.uint8)
+        bond_codes[row, begin[bond], end[bond]] = bond_codes[row, end[bond], begin[bond]] = codes[bond]
+        found, path = find_paths(bond_codes, bits, max_path_bonds)
+        unreachable = found >= size
+        np.minimum(found, MAX_DISTANCE, out=found)
+        if unreachable.any():  # other fragments, and what is only padding
             is_atom = np.arange(size) < sizes[:, None]
+            found[unreachable] = UNREACHABLE_DISTANCE
             found *= is_atom[:, :, None] & is_atom[:, None, :]
         # Whole blocks are written where the group is the batch, as it is with small molecules.
         rows: Any = slice(None) if len(group) == num else group
         distance[rows, :size, :size] = found
         for hop in range(max_path_bonds):
-            shift = np.uint64(_BITS_A_BOND * (max_path_bonds - 1 - hop))
-            path_bond_types[rows, :size, :size, hop] = path >> shift & _ONE_BOND
-    return PairRelations(degree.reshape(num, width), distance, path_bond_types)
+            code = path >> path.dtype.type(bits * (max_path_bonds - 1 - hop)) & path.dtype.type((1 << bits) - 1)
+            hops[hop, rows, :size, :size] = kinds.take(code)
+    return PairRelations(degree.reshape(num, width), distance, np.moveaxis(hops, 0, -1))
 
 
 def _groups_of_like_size(sizes: np.ndarray) -> Iterator[np.ndarray]:
@@ -194,54 +200,57 @@ def _groups_of_like_size(sizes: np.ndarray) -> Iterator[np.ndarray]:
         start += count
 
 
-def smallest_paths(bond_types: np.ndarray, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
+def smallest_paths(bond_codes: np.ndarray, bits: int, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns for each pair the smallest of its shortest paths, compared bond by bond.
 
     Where two shortest paths tie, the one that Floyd-Warshall finds depends on the order of the atoms, and so would what
     equivalent atoms look like. The smallest does not. Floyd-Warshall finds it as well if path lengths are compared
-    together with the bonds on the paths: both are in one integer, the length in the high bits, then six bits a bond,
-    the first bond highest. A path over an intermediate atom is the sum of its parts, the second one's bonds moved
-    behind those of the first.
+    together with the bonds on the paths: both are in one integer, the length in the high bits, then the bonds, the first
+    one highest. A path over an intermediate atom is the sum of its parts, the second one's bonds moved behind those of
+    the first.
 
     Args:
-        bond_types: (B, N, N) uint8, symmetric, 0 where there is no bond.
+        bond_codes: (B, N, N) uint8, symmetric, 0 where there is no bond.
+        bits: of a code.
         max_path_bonds: P, bonds of a path that are compared and returned.
 
     Returns:
-        distance: (B, N, N) int64 in bonds, at most `MAX_DISTANCE`, `UNREACHABLE_DISTANCE` if there is no path.
-        path: (B, N, N) uint64, six bits a bond.
+        distance: (B, N, N) int64 in bonds, N or more if there is no path.
+        path: (B, N, N) unsigned, `bits` for each of P bonds, 0 where there is none.
     """
-    num, width, _ = bond_types.shape
-    path_bits = np.uint64(_BITS_A_BOND * max_path_bonds)
-    path_mask = (np.uint64(1) << path_bits) - np.uint64(1)
-    packed = _interleaved(num, width, np.uint64)
+    num, width, _ = bond_codes.shape
+    infinite = 1 << width.bit_length()  # more than any length; sums of two of them occur
+    dtype: Any = np.uint32 if bits * max_path_bonds + infinite.bit_length() + 1 <= 32 else np.uint64
+    path_bits, one, most = dtype(bits * max_path_bonds), dtype(1), dtype(max_path_bonds)
+    path_mask = (one << path_bits) - one
+    packed = _interleaved(num, width, dtype)
     candidate = np.empty_like(packed)
-    first_bond = bond_types.astype(np.uint64) << np.uint64(_BITS_A_BOND * (max_path_bonds - 1))
-    length = np.where(bond_types > 0, np.uint64(1), np.uint64(_INFINITE))
-    np.bitwise_or(length << path_bits, first_bond, out=packed)
+    one_bond = np.arange(1 << bits, dtype=dtype) << dtype(bits * (max_path_bonds - 1)) | one << path_bits
+    one_bond[0] = dtype(infinite) << path_bits
+    packed[:] = one_bond[bond_codes]
     atoms = np.arange(width)
     packed[:, atoms, atoms] = 0
     for via in range(width):
         onset, onward = packed[:, :, via], packed[:, via, :]
-        behind = np.minimum(onset >> path_bits, np.uint64(max_path_bonds)) * np.uint64(_BITS_A_BOND)
+        behind = np.minimum(onset >> path_bits, most) * dtype(bits)
         np.right_shift((onward & path_mask)[:, None, :], behind[:, :, None], out=candidate)
         np.add(candidate, (onward & ~path_mask)[:, None, :], out=candidate)
         np.add(candidate, onset[:, :, None], out=candidate)
         np.minimum(packed, candidate, out=packed)
     packed = np.ascontiguousarray(packed)
-    return _capped(packed >> path_bits), packed & path_mask
+    return (packed >> path_bits).astype(np.int64), packed & path_mask
 
 
-def first_found_paths(bond_types: np.ndarray, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
+def first_found_paths(bond_codes: np.ndarray, bits: int, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns what `smallest_paths` does for the shortest paths that SciPy's Floyd-Warshall finds first."""
-    num, width, _ = bond_types.shape
-    distance, next_atom = shortest_paths(bond_types > 0)
+    num, width, _ = bond_codes.shape
+    distance, next_atom = shortest_paths(bond_codes > 0)
     row, atoms = np.arange(num)[:, None, None] * width, np.arange(width)
-    hop = bond_types.take((row + atoms[:, None]) * width + next_atom)
+    hop = bond_codes.take((row + atoms[:, None]) * width + next_atom)
     after_next = (row + next_atom) * width + atoms  # where the path goes on: from the next atom to the same end
     path = np.zeros(hop.shape, dtype=np.uint64)
     for _ in range(max_path_bonds):
-        path = path << np.uint64(_BITS_A_BOND) | hop
+        path = path << np.uint64(bits) | hop
         hop = hop.take(after_next)
     return distance, path
 
@@ -259,15 +268,15 @@ def shortest_paths(bonded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         bonded: (B, N, N) bool, symmetric, False on the diagonal.
 
     Returns:
-        distance: (B, N, N) int64 in bonds, at most `MAX_DISTANCE`, `UNREACHABLE_DISTANCE` if there is no path.
+        distance: (B, N, N) int64 in bonds, N or more if there is no path.
         next_atom: (B, N, N) int64, the atom after i on the path from i to j; i itself if there is none.
     """
     num, width, _ = bonded.shape
-    shift, candidate_bit = np.uint32(16), np.uint32(1 << 15)
+    shift, candidate_bit, infinite = np.uint32(16), np.uint32(1 << 15), np.uint32(1 << 14)
     atoms = np.arange(width, dtype=np.uint32)
     packed = _interleaved(num, width, np.uint32)
     candidate = np.empty_like(packed)
-    packed[:] = np.where(bonded, np.uint32(1) << shift | atoms, np.uint32(_INFINITE) << shift | atoms[:, None])
+    packed[:] = np.where(bonded, np.uint32(1) << shift | atoms, infinite << shift | atoms[:, None])
     packed[:, atoms, atoms] = atoms
     distance_bits = ~np.uint32((1 << 16) - 1)
     for via in range(width):
@@ -277,7 +286,7 @@ def shortest_paths(bonded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.bitwise_and(packed, ~candidate_bit, out=packed)
     packed = np.ascontiguousarray(packed)
     next_atom = (packed & np.uint32(candidate_bit - 1)).astype(np.int64)
-    return _capped(packed >> shift), next_atom
+    return (packed >> shift).astype(np.int64), next_atom
 
 
 def _interleaved(num: int, width: int, dtype: Any) -> np.ndarray:
@@ -285,8 +294,3 @@ def _interleaved(num: int, width: int, dtype: Any) -> np.ndarray:
     if num < width:
         return np.empty((num, width, width), dtype)
     return np.moveaxis(np.empty((width, width, num), dtype), -1, 0)
-
-
-def _capped(length: np.ndarray) -> np.ndarray:
-    length = length.astype(np.int64)
-    return np.where(length == _INFINITE, UNREACHABLE_DISTANCE, np.minimum(length, MAX_DISTANCE))

@@ -151,9 +151,10 @@ def test_paths_follow_scipys_floyd_warshall():
         bonded = upper | upper.T
         distance, next_atom = shortest_paths(bonded[None])
         expected, predecessors = floyd_warshall(bonded.astype(float), unweighted=True, return_predecessors=True)
-        expected = np.where(np.isinf(expected), UNREACHABLE_DISTANCE, expected)
-        assert np.array_equal(distance[0], expected)
-        reachable = (expected != UNREACHABLE_DISTANCE) & (expected > 0)
+        reachable = np.isfinite(expected)
+        assert np.array_equal(distance[0][reachable], expected[reachable])
+        assert (distance[0][~reachable] > size).all()
+        reachable &= expected > 0
         assert np.array_equal(next_atom[0][reachable], predecessors.T[reachable])
 
 
