@@ -109,7 +109,7 @@ def featurize_molecules(
             except MoleculeError as error:
                 results.append(error)
         parsed = [index for index, result in enumerate(results) if not isinstance(result, MoleculeError)]
-        for index, graph in zip(parsed, _graphs([results[i] for i in parsed], settings), strict=True):
+        for index, graph in zip(parsed, featurize_parsed([results[i] for i in parsed], settings), strict=True):
             results[index] = graph
     for molecule, result in zip(molecules, results, strict=True):
         if isinstance(result, MoleculeError) and not result.molecule:
@@ -140,7 +140,9 @@ class _FlatMolecules:
     unknown: np.ndarray
 
 
-def _graphs(parsed: list[ParsedMolecule], settings: FeaturizationSettings) -> list[MolecularGraph | MoleculeError]:
+def featurize_parsed(
+    parsed: list[ParsedMolecule], settings: FeaturizationSettings
+) -> list[MolecularGraph | MoleculeError]:
     """Returns a graph for each molecule; one that RDKit fails on does not take the others with it."""
     if not parsed:
         return []
@@ -148,7 +150,7 @@ def _graphs(parsed: list[ParsedMolecule], settings: FeaturizationSettings) -> li
         flat = _flatten(parsed, settings.canonical_atom_order)
     except RDKIT_ERRORS as error:
         if len(parsed) > 1:
-            return [_graphs([molecule], settings)[0] for molecule in parsed]
+            return [featurize_parsed([molecule], settings)[0] for molecule in parsed]
         return [MoleculeError(f"could not be featurized by RDKit: {first_line(error)}", "features", "Fix it")]
     return _cut(parsed, flat)
 

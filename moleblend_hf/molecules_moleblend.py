@@ -21,10 +21,10 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -42,6 +42,7 @@ HYDROGENS = ("drop", "keep", "add")
 MODALITIES = ("auto", "2d", "3d", "2d+3d")
 BONDS = (None, "determine")
 RDKIT_ERRORS = (RuntimeError, ValueError, OverflowError)
+Embed: TypeAlias = "Callable[[Chem.Mol, FeaturizationSettings], np.ndarray]"
 
 _UNUSUAL_SMILES = re.compile(r"[|>~]|@[ASTO]")  # CXSMILES, dative and query bonds, stereo other than tetrahedral
 
@@ -395,21 +396,23 @@ def _wrong_count(coordinates: np.ndarray, mol: "Chem.Mol") -> MoleculeError:
     )
 
 
-def apply_modality(parsed: ParsedMolecule, settings: FeaturizationSettings) -> ParsedMolecule:
+def apply_modality(
+    parsed: ParsedMolecule, settings: FeaturizationSettings, embed: "Embed | None" = None
+) -> ParsedMolecule:
     """Drops or generates coordinates as the modality says."""
     if settings.modality == "2d":
         return replace(parsed, coordinates=None)
     if parsed.coordinates is not None or settings.modality == "auto":
         return parsed
     try:
-        return replace(parsed, coordinates=generate_conformers(parsed.mol, settings))
+        return replace(parsed, coordinates=generate_conformers(parsed.mol, settings, embed or embed_conformers))
     except MoleculeError as error:
         if settings.modality == "3d":
             raise
         return replace(parsed, missing_coordinates_reason=error.reason)
 
 
-def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.ndarray:
+def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings, embed: "Embed | None" = None) -> np.ndarray:
     """Returns (C, n, 3) float32 coordinates in angstrom from ETKDGv3, relaxed by MMFF where it has parameters.
 
     The same for every way to write a molecule: they are generated on the molecule that RDKit reads from its canonical
@@ -418,14 +421,25 @@ def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.
     Args:
         mol: a sanitized molecule; hydrogens that are not atoms of it take part, but are not returned.
         settings: number of conformers, seed and limits.
+        embed: takes the place of `embed_conformers`, as a cache of what that returns does.
     """
     copy = canonical_copy(mol)
     if copy is None:
         raise _no_conformer("RDKit does not read its own canonical SMILES")
-    canonical, order = Chem.AddHs(copy[0]), copy[1]
-    if canonical.GetNumAtoms() > settings.max_conformer_atoms:
+    canonical, order = copy
+    positions = (embed or embed_conformers)(canonical, settings)
+    coordinates = np.empty_like(positions)
+    coordinates[:, order] = positions
+    return coordinates
+
+
+def embed_conformers(canonical: "Chem.Mol", settings: FeaturizationSettings) -> np.ndarray:
+    """Returns (C, n, 3) float32 coordinates of a molecule in the atom order of its canonical SMILES."""
+    num_atoms = canonical.GetNumAtoms()
+    mol = Chem.AddHs(canonical)
+    if mol.GetNumAtoms() > settings.max_conformer_atoms:
         raise _no_conformer(
-            f"{canonical.GetNumAtoms()} atoms with hydrogens are more than `max_conformer_atoms` "
+            f"{mol.GetNumAtoms()} atoms with hydrogens are more than `max_conformer_atoms` "
             f"= {settings.max_conformer_atoms}"
         )
     params = rdDistGeom.ETKDGv3()
@@ -433,24 +447,23 @@ def generate_conformers(mol: "Chem.Mol", settings: FeaturizationSettings) -> np.
     params.maxIterations = settings.max_embedding_attempts
     params.numThreads = 1
     try:
-        rdDistGeom.EmbedMultipleConfs(canonical, settings.num_conformers, params)
-        if canonical.GetNumConformers() == 0:
+        rdDistGeom.EmbedMultipleConfs(mol, settings.num_conformers, params)
+        if mol.GetNumConformers() == 0:
             params.useRandomCoords = True
-            rdDistGeom.EmbedMultipleConfs(canonical, settings.num_conformers, params)
-        if canonical.GetNumConformers() == 0:
+            rdDistGeom.EmbedMultipleConfs(mol, settings.num_conformers, params)
+        if mol.GetNumConformers() == 0:
             raise _no_conformer("ETKDG found no geometry")
-        _separate_fragments(canonical)
-        if settings.max_mmff_iterations and rdForceFieldHelpers.MMFFHasAllMoleculeParams(canonical):
+        _separate_fragments(mol)
+        if settings.max_mmff_iterations and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
             rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(
-                canonical, maxIters=settings.max_mmff_iterations, ignoreInterfragInteractions=False
+                mol, maxIters=settings.max_mmff_iterations, ignoreInterfragInteractions=False
             )
     except RDKIT_ERRORS as error:
         if isinstance(error, MoleculeError):
             raise
         raise _no_conformer(first_line(error)) from error
-    positions = np.stack([conformer.GetPositions() for conformer in canonical.GetConformers()])
-    coordinates = np.empty((len(positions), len(order), 3), dtype=np.float32)
-    coordinates[:, order] = positions[:, : len(order)]
+    coordinates = np.stack([conformer.GetPositions()[:num_atoms] for conformer in mol.GetConformers()])
+    coordinates = coordinates.astype(np.float32)
     try:
         _check_coordinates(coordinates)
     except MoleculeError as error:
