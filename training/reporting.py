@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
-CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md.jinja"
+CARDS = Path(__file__).parent.parent / "model_cards"
 
 
 class MetricsLog:
@@ -54,16 +54,22 @@ def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and, where the code lies in a git repository, the commit and whether files differ from it."""
-    packages = ("moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit")
     return {
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in packages},
+        "versions": versions(
+            "moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit", "pyarrow"
+        ),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str | None:
@@ -84,18 +90,23 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_card(path: Path, **values: Any) -> None:
-    """Render the model card; a name the template uses and nobody gives is an error, not an empty place."""
-    template = jinja2.Template(
-        CARD_TEMPLATE.read_text(encoding="utf-8"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    """Write the model card."""
     metadata = ModelCardData(
         library_name="transformers",
         license="apache-2.0",
         pipeline_tag="graph-ml",
         tags=["chemistry", "molecules", "moleblend", "pretraining"],
     )
-    path.write_text(template.render(metadata=metadata.to_yaml(), **values), encoding="utf-8")
+    path.write_text(render(CARDS / "template.md.jinja", metadata=metadata.to_yaml(), **values), encoding="utf-8")
+
+
+def render(template: Path, **values: Any) -> str:
+    """A rendered card; a name the template uses and nobody gives is an error, not an empty place."""
+    parsed = jinja2.Template(
+        template.read_text(encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return parsed.render(**values)

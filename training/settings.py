@@ -16,12 +16,12 @@ S = TypeVar("S")
 def setting(group: str, help: str, default: Any = dataclasses.MISSING, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field with what its flag needs; without a default, the configuration file must give it."""
     metadata = {"group": group, "help": help, "choices": choices}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def load_settings(settings_class: type[S], description: str, default_config: Path, argv: list[str] | None) -> S:
+def load_settings(settings_class: type[S], description: str, default_config: Path | None, argv: list[str] | None) -> S:
     """Settings from the YAML file named by `--config`, each overridden by the flag of its name where one is given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -34,7 +34,7 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        default = "from the file" if _is_required(field) else field.default
+        default = _shown_default(field, default_config)
         has_default = default not in (None, "", dataclasses.MISSING)
         text = field.metadata["help"] + (f" (default: {default})" if has_default else "")
         options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
@@ -46,11 +46,11 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
             options |= {"metavar": name.rsplit("_", 1)[-1].upper(), "choices": field.metadata["choices"]}
         groups[group].add_argument(f"--{name}", **options)
     flags = vars(parser.parse_args(argv))
-    path: Path = flags.pop("config")
+    path: Path | None = flags.pop("config")
 
-    if not path.is_file():
+    if path is not None and not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}. Give one with --config.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings to values, got a {type(values).__name__}.")
     if unknown := sorted(set(values) - set(fields)):
@@ -64,8 +64,20 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (in quotes), got {value!r}.")
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
-        raise ValueError(f"{path} gives no {', '.join(missing)}. Add the key there or give the flag.")
+        raise ValueError(
+            f"{path or 'The command'} gives no {', '.join(missing)}. "
+            f"{'Add the key there or give the flag' if path else 'Give the flag'}."
+        )
     return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def _shown_default(field: dataclasses.Field[Any], default_config: Path | None) -> Any:
+    if _is_required(field):
+        return "has to be given" if default_config is None else "from the file"
+    if field.default_factory is not dataclasses.MISSING:
+        values = field.default_factory()
+        return ",".join(map(str, values)) if isinstance(values, list) else None
+    return field.default
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -87,6 +99,11 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is dict:
         if value is None or isinstance(value, dict):
             return value or {}
+    elif typing.get_origin(hint) is list:
+        # A flag gives A,B; a file gives a list.
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+        if isinstance(items, list):
+            return [_converted(name, item, get_args(hint)[0]) for item in items]
     elif hint is bool:
         if isinstance(value, bool):
             return value

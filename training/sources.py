@@ -174,6 +174,25 @@ def open_source(
     return opener(str(input), options)
 
 
+def count_rows(source: Source) -> int | None:
+    """About how many rows there are, for a progress bar: ends of records or lines, or None where nobody knows."""
+    if not source.files or not _head(source.files[0]):
+        return None
+    if all(path.suffix == ".parquet" for path in source.files):
+        return sum(pq.read_metadata(path).num_rows for path in source.files)
+    path = next((path for path in source.files if ".csv" in path.suffixes), source.files[0])
+    head = _head(path, HEAD_CHARACTERS)
+    end = b"$$$$" if b"M  END" in head else b"\n"
+    count = 0
+    try:
+        with _open_bytes(path) as file:
+            while chunk := file.read(HEAD_CHARACTERS):
+                count += chunk.count(end)
+    except DAMAGE:
+        pass
+    return count
+
+
 # Files
 
 

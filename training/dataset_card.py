@@ -1,0 +1,74 @@
+"""The card of a dataset, rendered when it is written, and the histogram in it."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import DatasetCardData
+from matplotlib.figure import Figure
+
+from assemble import Assembly
+from moleblend_hf.featurization_moleblend import ATOM_FEATURES
+from reporting import CARDS, render
+from sources import Source
+
+if TYPE_CHECKING:
+    from preprocess import PreprocessingSettings
+
+
+def write_dataset_card(
+    settings: "PreprocessingSettings", source: Source, assembly: Assembly, arguments: Sequence[str]
+) -> None:
+    """Write README.md and sizes.png into OUTPUT."""
+    output = Path(settings.output)
+    plot_sizes(assembly, output / "sizes.png")
+    license = settings.license or source.license
+    # One file a pattern: the folder has other Parquet files too.
+    data_files = {name: f"data/{name}-*.parquet" for name in assembly.splits}
+    metadata = DatasetCardData(
+        license=license,
+        pretty_name=source.title,
+        size_categories=size_category(assembly.num_kept),
+        tags=["chemistry", "molecules", "moleblend"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": pattern} for name, pattern in data_files.items()],
+            }
+        ],
+    )
+    text = render(
+        CARDS / "dataset.md.jinja",
+        metadata=metadata.to_yaml(),
+        title=source.title,
+        source=source,
+        assembly=assembly,
+        settings=settings,
+        split_definition=settings.split or ("given" if len(assembly.splits) > 1 else None),
+        hashed=len(assembly.splits) > 1,
+        inchikey=settings.duplicates != "keep",
+        processor=asdict(settings.featurization()),
+        atom_features=", ".join(ATOM_FEATURES),
+        data_files=data_files,
+        command=shlex.join(["python", "training/preprocess.py", *arguments]),
+        license=license,
+    )
+    (output / "README.md").write_text(text, encoding="utf-8")
+
+
+def plot_sizes(assembly: Assembly, path: Path) -> None:
+    """Save the histogram of the molecules' numbers of atoms."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(list(assembly.sizes), list(assembly.sizes.values()), width=0.9)
+    axes.set(xlabel="atoms", ylabel="molecules", yscale="log" if assembly.num_kept > 1000 else "linear")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def size_category(num_rows: int) -> str:
+    """The Hub's name for a number of rows."""
+    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+    return next((name for limit, name in limits.items() if num_rows < limit), "10M<n<100M")

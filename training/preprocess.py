@@ -1,0 +1,280 @@
+r"""Turn a corpus of molecules into a dataset that training reads: Parquet files, a card, and a list of what did not make it.
+
+QM9                  python training/preprocess.py --source qm9 --input DIR --output data/qm9 --num_proc 2
+PCQM4Mv2             python training/preprocess.py --source pcqm4mv2 --input DIR --output data/pcqm4mv2 --num_proc 16
+MoleculeNet          python training/preprocess.py --source moleculenet --input bbbp.csv --output data/bbbp --split scaffold
+A table of yours     python training/preprocess.py --source csv --input my.csv --output data/my --smiles_column SMILES --targets pIC50
+With conformers      ... --modality 2d+3d --num_conformers 4 --conformer_cache conformers.sqlite
+On a Ray cluster     ... --engine ray --num_proc 256, with OUTPUT on a file system that all machines share
+After an interrupt   the same command: parts that are done are kept
+
+Every row of the source ends up either in the dataset or in rejected.parquet. The content does not depend on the engine or the
+number of processes.
+"""
+
+import dataclasses
+import errno
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dataset_card import write_dataset_card
+from tqdm.auto import tqdm
+
+from assemble import Assembly, assemble
+from engines import ENGINES, run_locally, run_on_ray
+from moleblend_hf.molecules_moleblend import HYDROGENS, MODALITIES, FeaturizationSettings
+from parts import Part, PartSettings
+from settings import load_settings, setting
+from sources import SOURCES, Record, Source, count_rows, open_source
+from splits import SCAFFOLD_SPLITS, SPLITS
+from units import factor
+
+RECORDS_A_PART = 1000
+DUPLICATES = ("keep", "report", "drop")
+# The field states QM9's energies in eV.
+DEFAULT_CONVERSIONS = {"qm9": {"hartree": "eV"}, "moleculenet/qm8": {"hartree": "eV"}}
+
+
+@dataclasses.dataclass(kw_only=True)
+class PreprocessingSettings:
+    """What to read, what to do with it and where to write; the first three have to be given."""
+
+    source: str = setting("input", "layout of the corpus", choices=SOURCES)
+    input: str = setting("input", "its file or folder; for dataset also a Hub id, user/name[:split]")
+    smiles_column: str | None = setting("input", "column of the SMILES; guessed from its name if left out", None)
+    id_column: str | None = setting("input", "column or SDF field of the ids; else guessed, else row numbers", None)
+    targets: list[str] | None = setting("input", "columns or SDF fields of the targets, A,B; else those known", None)
+    tasks: dict[str, str] = setting(
+        "input", "regression or classification, by target: --tasks active=classification", {}
+    )
+    units: dict[str, str] = setting("input", "unit of a target in the source: --units gap=hartree", {})
+    convert: dict[str, str] = setting("input", "unit to store a target in: --convert gap=meV", {})
+    split_column: str | None = setting("input", "column or SDF field that names the split of a row", None)
+    delimiter: str | None = setting("input", "of csv and tsv", None)
+    exclude: str | None = setting("input", "list of QM9 ids to reject, as its uncharacterized.txt", None)
+
+    modality: str = setting(
+        "molecules", "auto: given geometries; 2d: none; 2d+3d: made where missing; 3d: those without are rejected",
+        "auto", choices=MODALITIES,
+    )  # fmt: skip
+    hydrogens: str = setting("molecules", "as atoms: drop, keep those written, or add all", "drop", choices=HYDROGENS)
+    canonical_atom_order: bool = setting("molecules", "features do not depend on the order of the atoms", True)
+    max_atoms: int = setting("molecules", "largest molecule", 512)
+    num_conformers: int = setting("molecules", "conformers to make for a molecule", 1)
+    conformer_seed: int = setting("molecules", "seed of the conformers", 42)
+    max_conformer_atoms: int = setting("molecules", "largest molecule, with hydrogens, to make conformers for", 400)
+    max_embedding_attempts: int = setting("molecules", "attempts for a conformer", 10)
+    max_mmff_iterations: int = setting("molecules", "steps of its relaxation; 0 leaves it as embedded", 200)
+    conformer_cache: str | None = setting("molecules", "SQLite file that keeps conformers for other runs", None)
+    molecule_time_limit: float = setting("molecules", "seconds after which RDKit is given up on a molecule", 60.0)
+
+    duplicates: str = setting(
+        "rows", "of an InChIKey: drop all but the first, report them in the card, or keep without looking",
+        "report", choices=DUPLICATES,
+    )  # fmt: skip
+    split: str | None = setting(
+        "rows",
+        "definition of the split; left out: that of the source, if it has one",
+        None,
+        choices=("given", *SPLITS),
+    )
+    split_fractions: list[float] = setting("rows", "of training, validation and test", [0.8, 0.1, 0.1])
+    split_seed: int = setting("rows", "seed of the splits that draw", 0)
+    limit: int | None = setting("rows", "read only the first so many rows", None)
+
+    output: str = setting("output", "folder of the dataset")
+    overwrite: bool = setting("output", "delete what is in OUTPUT", False)
+    num_proc: int = setting("output", "processes that featurize; one more reads and writes", 1)
+    engine: str = setting("output", "local processes or a Ray cluster", "local", choices=ENGINES)
+    rows_per_file: int = setting("output", "rows of a Parquet file", 100_000)
+    license: str | None = setting("output", "licence of the data, for the card; known for some sources", None)
+    push_to_hub: str | None = setting("output", "also upload to this dataset of the Hub, user/name", None)
+    private: bool = setting("output", "whether that dataset is private", False)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        for name in ("num_proc", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.molecule_time_limit <= 0:
+            raise ValueError(f"molecule_time_limit must be more than 0 seconds, got {self.molecule_time_limit}.")
+
+    def that_shape_the_content(self) -> dict[str, Any]:
+        """All settings but those that say where and how fast."""
+        free = {"output", "overwrite", "num_proc", "engine", "push_to_hub", "private", "conformer_cache"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+    def featurization(self) -> FeaturizationSettings:
+        """The settings that a processor has too."""
+        names = {field.name for field in dataclasses.fields(FeaturizationSettings)}
+        return FeaturizationSettings(**{name: value for name, value in vars(self).items() if name in names})
+
+
+def parse_args(argv: list[str] | None = None) -> PreprocessingSettings:
+    """Settings from the flags, and from a YAML file if one is named."""
+    return load_settings(PreprocessingSettings, __doc__, None, argv)
+
+
+def opened_source(settings: PreprocessingSettings) -> Source:
+    """The source that the settings name."""
+    return open_source(
+        settings.source,
+        settings.input,
+        smiles_column=settings.smiles_column,
+        id_column=settings.id_column,
+        targets=settings.targets,
+        units=settings.units,
+        tasks=settings.tasks,
+        split_column=settings.split_column,
+        exclude=settings.exclude,
+        delimiter=settings.delimiter,
+    )
+
+
+def stored_units(source: Source, convert: dict[str, str]) -> dict[str, str | None]:
+    """The unit in which each target is stored: as asked for, else as the field states it, else that of the source."""
+    names = [target.name for target in source.targets]
+    if unknown := [name for name in convert if name not in names]:
+        raise ValueError(f"convert names no target {unknown[0]!r}. The targets: {', '.join(names) or 'none'}.")
+    usual = DEFAULT_CONVERSIONS.get(source.name, {})
+    found = {}
+    for target in source.targets:
+        if target.name in convert and target.unit is None:
+            raise ValueError(
+                f"Target {target.name!r} has no unit to convert from. Name it with --units {target.name}=UNIT."
+            )
+        found[target.name] = convert.get(target.name, usual.get(target.unit or "", target.unit))
+    return found
+
+
+def part_settings(settings: PreprocessingSettings, source: Source) -> PartSettings:
+    """What the processes that featurize need to know."""
+    units = stored_units(source, settings.convert)
+    return PartSettings(
+        featurization=settings.featurization(),
+        target_names=tuple(target.name for target in source.targets),
+        target_factors=tuple(
+            1.0 if units[target.name] == target.unit else factor(str(target.unit), str(units[target.name]))
+            for target in source.targets
+        ),
+        binary_targets=frozenset(target.name for target in source.targets if target.task == "classification"),
+        with_inchikey=settings.duplicates != "keep",
+        scaffold=settings.split if settings.split in SCAFFOLD_SPLITS else None,
+        molecule_time_limit=settings.molecule_time_limit,
+        conformer_cache=settings.conformer_cache,
+    )
+
+
+def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
+    """The folder of the parts, new or as an interrupted run of the same settings on the same files left it."""
+    output = Path(settings.output)
+    work = output / ".parts"
+    if settings.overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+    elif (output / "preprocessing.json").exists():
+        raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")
+    elif output.is_dir() and not work.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty, and no run of this script left it. Choose another --output.")
+    identity = {
+        "settings": settings.that_shape_the_content(),
+        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
+    }
+    identity = json.loads(json.dumps(identity))
+    path = work / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != identity:
+            changed = [
+                name for name in identity["settings"] if before["settings"].get(name) != identity["settings"][name]
+            ]
+            what = f"other settings ({', '.join(changed)})" if changed else "other input files"
+            raise ValueError(
+                f"{output} holds an unfinished run with {what}. Repeat that command, choose another --output, or start "
+                "anew with --overwrite."
+            )
+    else:
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    for leftover in (*work.glob("*.partial"), *work.glob("marker-*")):
+        leftover.unlink()
+    return work
+
+
+def parts_to_do(records: Iterable[Record], work: Path, done: Counter[str], progress: tqdm) -> Iterator[Part]:
+    """The source in parts, without those whose rows are there; `done` counts what was read."""
+    records = iter(records)
+    index = 0
+    while chunk := list(islice(records, RECORDS_A_PART)):
+        part = Part(index, chunk, str(work))
+        done["read"] += len(chunk)
+        if part.path("rows").exists():
+            progress.update(len(chunk))
+        else:
+            yield part
+        index += 1
+    done["parts"] = index
+
+
+def featurize_all(settings: PreprocessingSettings, source: Source, work: Path) -> Counter[str]:
+    """Make all parts that are not there yet, and return how many rows were read and how many parts there are."""
+    done: Counter[str] = Counter()
+    total = count_rows(source)
+    if settings.limit is not None:
+        total = settings.limit if total is None else min(total, settings.limit)
+    run = run_on_ray if settings.engine == "ray" else run_locally
+    rejected = 0
+    with tqdm(total=total, unit=" molecules", unit_scale=True, mininterval=0.5) as progress:
+        parts = parts_to_do(islice(source.records(), settings.limit), work, done, progress)
+        for num_rows, num_rejected in run(parts, part_settings(settings, source), settings.num_proc):
+            rejected += num_rejected
+            progress.update(num_rows + num_rejected)
+            progress.set_postfix_str(f"{rejected:,} rejected")
+    return done
+
+
+def main(argv: list[str] | None = None) -> Assembly:
+    """Preprocess as the arguments say."""
+    settings = parse_args(argv)
+    source = opened_source(settings)
+    for note in source.notes:
+        print(note)
+    part_settings(settings, source)  # raises for units that cannot be converted
+    work = open_folder(settings, source)
+    try:
+        done = featurize_all(settings, source, work)
+        assembly = assemble(
+            settings, source, work, done["parts"], done["read"], stored_units(source, settings.convert)
+        )
+        write_dataset_card(settings, source, assembly, sys.argv[1:] if argv is None else argv)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"No space is left for {settings.output}. Parts that are done are kept: free some and repeat the command",
+        ) from error
+    shutil.rmtree(work)
+    print(assembly.summary())
+    if settings.push_to_hub:
+        push(settings)
+    return assembly
+
+
+def push(settings: PreprocessingSettings) -> None:
+    """Upload the folder to the Hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    url = api.create_repo(str(settings.push_to_hub), repo_type="dataset", private=settings.private, exist_ok=True)
+    api.upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=settings.output)
+    print(f"Pushed to {url}.")
+
+
+if __name__ == "__main__":
+    main()
