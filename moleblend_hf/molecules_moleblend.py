@@ -570,7 +570,19 @@ def parse_sdf_record(record: str) -> "Chem.Mol | MoleculeError":
     if header[20:22].upper() == "2D":  # RDKit takes it for 3D as soon as one z is not zero
         for conformer in mol.GetConformers():
             conformer.Set3D(False)
+    if any(conformer.Is3D() for conformer in mol.GetConformers()):
+        _settle_double_bonds(mol)
     return mol
+
+
+def _settle_double_bonds(mol: "Chem.Mol") -> None:
+    """Gives double bonds that are drawn as "cis or trans" the stereo that they have in the geometry."""
+    open_bonds = [bond for bond in mol.GetBonds() if bond.GetStereo() == Chem.BondStereo.STEREOANY]
+    for bond in open_bonds:
+        bond.SetStereo(Chem.BondStereo.STEREONONE)
+        bond.SetBondDir(Chem.BondDir.NONE)
+    if open_bonds:
+        Chem.AssignStereochemistryFrom3D(mol)
 
 
 def _read_first(record: str) -> "Chem.Mol | None":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -529,3 +530,16 @@ def test_a_truncated_gzip_yields_what_is_left_and_then_the_damage(tmp_path):
     assert 0 < len(molecules) < 400
     with pytest.raises(MoleculeError, match="lies where the file is damaged"):
         raise last
+
+
+def test_a_geometry_says_what_a_crossed_double_bond_is(tmp_path):
+    """Files of quantum chemistry often mark double bonds as "cis or trans" (3), next to coordinates that tell."""
+    for smiles in ("C/C=C/Cl", "C/C=C\\Cl"):
+        mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+        rdDistGeom.EmbedMolecule(mol, randomSeed=1)
+        crossed = re.sub(r"^(  2  3  2)  0", r"\1  3", Chem.MolToMolBlock(mol), flags=re.MULTILINE)
+        assert crossed != Chem.MolToMolBlock(mol)
+        (tmp_path / "one.sdf").write_text(crossed)
+        (read,) = read_sdf(tmp_path / "one.sdf")
+        bond_types = [featurize_molecule(given).relations().path_bond_types for given in (read, smiles)]
+        assert np.array_equal(*bond_types)

@@ -1,5 +1,6 @@
-"""Molecules on disk -> graphs in memory -> padded batches, in an order that depends on the seed and the epoch alone."""
+"""A preprocessed dataset -> padded batches, in an order that depends on the seed and the epoch alone."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,46 +8,123 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from huggingface_hub import snapshot_download
+from torch.utils.data import Dataset
+from transformers import BatchFeature
+
+from moleblend_hf import MoleBlendProcessor
+from rows import FORMAT_VERSION, GRAPH_COLUMNS, flat_graphs
+
+ABOUT = "preprocessing.json"
+
+ROW_SETTINGS = ("hydrogens", "canonical_atom_order")  # of the processor: what the stored graphs depend on
 
 
 @dataclass(frozen=True)
-class Molecules:
-    """Columns of a dataset: SMILES, and for each its coordinates (atoms, 3) in angstrom, or None where it has none."""
+class PreprocessedDataset:
+    """A dataset that `preprocess.py` wrote: its splits, memory-mapped, and what it says about itself."""
 
-    smiles: list[str]
-    coordinates: list[np.ndarray | None]
+    name: str
+    splits: datasets.DatasetDict
+    about: dict[str, Any]  # preprocessing.json
+
+    def processor(self, **settings: Any) -> MoleBlendProcessor:
+        """A processor with the settings of this dataset, but for those given."""
+        return MoleBlendProcessor(**self.about["processor"] | settings)
+
+    def check(self, processor: MoleBlendProcessor) -> None:
+        """Raise unless the graphs are those that this processor would make."""
+        stored = self.about["processor"]
+        if differing := [name for name in ROW_SETTINGS if getattr(processor, name) != stored[name]]:
+            name = differing[0]
+            raise ValueError(
+                f"The dataset {self.name!r} was made with {name}={stored[name]!r}, but the model's processor has "
+                f"{getattr(processor, name)!r}: it would be trained on other graphs than it is used with. Preprocess with "
+                f"--{name} {getattr(processor, name)}."
+            )
 
 
-def read_molecules(folder: str | Path) -> Molecules:
-    """All rows of the Parquet files in `folder`: `smiles`, and `coordinates` of the atoms in their order, if there are any."""
-    files = sorted(str(path) for path in Path(folder).glob("*.parquet"))
-    if not files:
-        state = "holds no *.parquet file" if Path(folder).is_dir() else "does not exist"
+def open_dataset(name: str | Path) -> PreprocessedDataset:
+    """The dataset in a folder, or of a name on the Hub, that `preprocess.py` wrote."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+            raise FileNotFoundError(f"There is no dataset folder {str(name)!r}. {_REMEDY}")
+        folder = Path(snapshot_download(str(name), repo_type="dataset", allow_patterns=["data/*", ABOUT]))
+    files = sorted((folder / "data").glob("*.parquet"))
+    if not files or not (folder / ABOUT).is_file():
+        missing = ABOUT if files else "data/*.parquet"
         raise FileNotFoundError(
-            f"The dataset folder {str(folder)!r} {state}. Give one with --dataset; training/sample shows the layout."
+            f"The folder {str(name)!r} holds no {missing}, so it is no preprocessed dataset. {_REMEDY}"
         )
-    rows = datasets.load_dataset("parquet", data_files=files, split="train").with_format("numpy")
-    if "smiles" not in rows.column_names:
-        raise ValueError(f"{folder} has no column 'smiles'. Its columns: {', '.join(rows.column_names)}.")
-    if "coordinates" not in rows.column_names:
-        return Molecules(list(rows["smiles"]), [None] * len(rows))
-    return Molecules(
-        [str(smiles) for smiles in rows["smiles"]],
-        [None if xyz is None else np.asarray(xyz, np.float32).reshape(-1, 3) for xyz in rows["coordinates"]],
-    )
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    if about["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"The dataset {str(name)!r} has format {about['format_version']}, but this version reads {FORMAT_VERSION}. "
+            "Preprocess it again."
+        )
+    files_of: dict[str, list[str]] = {}
+    for file in files:
+        files_of.setdefault(file.name.rsplit("-", 3)[0], []).append(str(file))
+    splits = datasets.load_dataset("parquet", data_files=files_of)
+    if missing_columns := sorted(set(GRAPH_COLUMNS) - set(next(iter(splits.values())).column_names)):
+        raise ValueError(f"The dataset {str(name)!r} has no column {missing_columns[0]!r}. {_REMEDY}")
+    return PreprocessedDataset(str(name), splits, about)
 
 
-def split_held_out(smiles: list[str], num_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices (training, held out), about `num_held_out` held out; equal SMILES fall on one side, so none is in both."""
-    _, molecule_of_row = np.unique(np.asarray(smiles, dtype=object).astype(str), return_inverse=True)
-    order = np.random.default_rng(seed).permutation(molecule_of_row.max() + 1)
+_REMEDY = "Make one with training/preprocess.py; training/sample is an example."
+
+
+class GraphRows(Dataset[pa.Table]):
+    """Some rows of a split as a map-style dataset that reads a whole batch at once."""
+
+    def __init__(self, rows: datasets.Dataset, indices: np.ndarray) -> None:
+        """`indices` are those of the rows, in the order in which they are numbered here."""
+        self.rows, self.indices = rows.select_columns(list(GRAPH_COLUMNS)).with_format("arrow"), indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> pa.Table:
+        """The rows at these positions, as one table."""
+        return self.rows[self.indices[positions]]
+
+
+def collate(table: pa.Table, processor: MoleBlendProcessor) -> BatchFeature:
+    """Rows as the padded batch that the processor makes of such molecules."""
+    return processor.pad(flat_graphs(table), return_tensors="pt")
+
+
+def split_held_out(keys: pa.ChunkedArray, num_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices (training, held out), about `num_held_out` held out; rows of one key fall on one side."""
+    molecule_of_row = pc.rank(keys, tiebreaker="dense").to_numpy(zero_copy_only=False).astype(np.int64) - 1
+    order = np.random.default_rng(seed).permutation(int(molecule_of_row.max(initial=-1)) + 1)
     if not 0 < num_held_out < len(order):
         raise ValueError(
             f"held_out_molecules must lie between 1 and the number of different molecules less one ({len(order) - 1}), "
             f"got {num_held_out}."
         )
-    held_out = np.isin(molecule_of_row, order[:num_held_out])
+    is_held_out = np.zeros(len(order), dtype=bool)
+    is_held_out[order[:num_held_out]] = True
+    held_out = is_held_out[molecule_of_row]
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed: int) -> tuple[GraphRows, GraphRows]:
+    """The rows to train on and those to evaluate on: the first of a validation split, or else drawn from "train"."""
+    train = dataset.splits["train"]
+    if "validation" in dataset.splits:
+        validation = dataset.splits["validation"]
+        held_out = np.random.default_rng(seed).permutation(len(validation))[:num_held_out]
+        return GraphRows(train, np.arange(len(train))), GraphRows(validation, np.sort(held_out))
+    # A molecule without InChIKey is told apart by its SMILES.
+    keys = train.data["smiles"]
+    if "inchikey" in train.column_names:
+        keys = pc.coalesce(train.data["inchikey"], keys)
+    rows, held_out = split_held_out(keys, num_held_out, seed)
+    return GraphRows(train, rows), GraphRows(train, held_out)
 
 
 class TrainingBatches:
@@ -100,8 +178,3 @@ class TrainingBatches:
 def draw_seed(*numbers: int) -> int:
     """A well-mixed seed for `torch.Generator` from several small numbers (run seed, step, part of the batch)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def batched(items: list[Any], size: int) -> list[list[Any]]:
-    """`items` in lists of `size`, the last one shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -8,7 +8,7 @@ Eight GPUs             accelerate launch --multi_gpu --num_processes 8 --mixed_p
                            --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
 Continue               the same command with --resume auto
 
-The dataset is a folder of Parquet files with the columns of training/sample. Every setting below is a key of the YAML file
+The dataset is a folder that preprocess.py wrote, or the name of one on the Hub. Every setting below is a key of the YAML file
 and a flag; a flag wins.
 """
 
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from data import TrainingBatches, batched, draw_seed, read_molecules, split_held_out
+from data import TrainingBatches, collate, draw_seed, open_dataset, training_and_held_out
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 from moleblend_hf.blending_moleblend import ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
 from reporting import MetricsLog, environment, plot_losses, read_metrics, write_card
@@ -61,14 +61,18 @@ class PretrainingSettings:
     logging_steps: int = setting("run", "optimizer steps between lines of training losses", 10)
     eval_steps: int = setting("run", "optimizer steps between evaluations on the held-out molecules", 1000)
     checkpointing_steps: int = setting("run", "optimizer steps between checkpoints", 1000)
-    num_proc: int = setting("run", "processes that featurize the dataset", 1)
+    num_workers: int = setting("run", "processes that read and pad batches; 0: the one that trains", 0)
 
     dataset: str | None = setting(
-        "data", "folder of Parquet files with the columns of training/sample", os.path.relpath(HERE / "sample")
+        "data", "folder that preprocess.py wrote, or its name on the Hub", os.path.relpath(HERE / "sample")
     )
-    held_out_molecules: int = setting("data", "molecules held out for evaluation", 200)
+    held_out_molecules: int = setting("data", "molecules to evaluate on, of the validation split if there is one", 200)
     eval_batch_size: int = setting("data", "held-out molecules in a batch; their draws depend on it", 64)
     split_seed: int = setting("data", "seed of the choice of held-out molecules", 0)
+
+    processor: dict[str, Any] = setting(
+        "data", "settings of MoleBlendProcessor that the dataset must have been made with, e.g. hydrogens=drop", {}
+    )
 
     model: dict[str, Any] = setting("model", "fields of MoleBlendConfig, e.g. --model hidden_size=256", {})
 
@@ -90,8 +94,8 @@ class PretrainingSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read or built."""
         if self.dataset is None:
-            raise ValueError("This recipe names no dataset. Give a folder of Parquet files with --dataset.")
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "num_proc", "eval_batch_size"):
+            raise ValueError("This recipe names no dataset. Give a folder that preprocess.py wrote with --dataset.")
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
@@ -235,17 +239,18 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(old, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
 
-    # Data: molecules -> graphs, once; the held-out batches are padded once too.
+    # Data: memory-mapped rows; the held-out batches are padded once.
     with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
-        molecules = read_molecules(str(settings.dataset))
+        dataset = open_dataset(str(settings.dataset))
     config = MoleBlendConfig(**settings.model)
-    processor = MoleBlendProcessor(max_path_bonds=config.max_path_bonds)
-    graphs = processor.featurize_many(molecules.smiles, coordinates=molecules.coordinates, num_proc=settings.num_proc)
-    training_rows, held_out_rows = split_held_out(molecules.smiles, settings.held_out_molecules, settings.split_seed)
-    training_graphs = [graphs[row] for row in training_rows]
-    held_out_graphs = [graphs[row] for row in held_out_rows]
-    collate = partial(processor.pad, return_tensors="pt")
-    held_out_batches = [collate(part) for part in batched(held_out_graphs, settings.eval_batch_size)]
+    processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
+    dataset.check(processor)
+    training_rows, held_out_rows = training_and_held_out(dataset, settings.held_out_molecules, settings.split_seed)
+    padded = partial(collate, processor=processor)
+    parts = np.array_split(
+        np.arange(len(held_out_rows)), range(settings.eval_batch_size, len(held_out_rows), settings.eval_batch_size)
+    )
+    held_out_batches = [padded(held_out_rows.__getitems__(part.tolist())) for part in parts]
 
     # Model, optimizer, schedule. The same weights on every process, then its own dropout on each.
     set_seed(settings.seed)
@@ -267,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         if step > settings.max_steps:
             raise ValueError(f"{checkpoint} is at step {step}, beyond max_steps ({settings.max_steps}).")
     batches = TrainingBatches(
-        len(training_graphs),
+        len(training_rows),
         settings.batch_size,
         settings.seed,
         first_step=step,
@@ -277,9 +282,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     # A generator of its own: DataLoader draws a number when it starts, which must not move the state just restored.
     loader: DataLoader[Any] = DataLoader(
-        training_graphs,  # type: ignore[arg-type]  # a list is a dataset
+        training_rows,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=padded,
+        num_workers=settings.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),
     )
     generator = torch.Generator(device=accelerator.device)
@@ -291,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_training": len(training_rows),
         "num_held_out": len(held_out_rows),
-        "num_with_coordinates": sum(coordinates is not None for coordinates in molecules.coordinates),
+        "num_with_coordinates": dataset.about["num_with_coordinates"],
         "num_processes": accelerator.num_processes,
         "first_step": step,
         "environment": environment(accelerator.device),
