@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -50,12 +51,25 @@ def on_cpu(monkeypatch):
     GradientState._reset_state()
 
 
+SAMPLE_ROWS = SAMPLE / "data" / "train-00000-of-00001.parquet"
+
+
+def write_dataset(folder: Path, about: dict | None = None, **splits: pa.Table) -> Path:
+    """A dataset like the sample, of these rows."""
+    (folder / "data").mkdir(parents=True)
+    for name, rows in splits.items():
+        pq.write_table(rows, folder / "data" / f"{name}-00000-of-00001.parquet")
+    described = json.loads((SAMPLE / "preprocessing.json").read_text()) | (about or {})
+    (folder / "preprocessing.json").write_text(json.dumps(described))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     """48 molecules of the sample."""
-    folder = tmp_path_factory.mktemp("dataset")
-    pq.write_table(pq.read_table(SAMPLE / "qm9_sample.parquet").slice(1000, 48), folder / "part.parquet")
-    return folder
+    return write_dataset(
+        tmp_path_factory.mktemp("parent") / "dataset", train=pq.read_table(SAMPLE_ROWS).slice(1000, 48)
+    )
 
 
 def run(dataset: Path, output_dir: Path, *flags: str, model: tuple[str, ...] = ()) -> Path:
@@ -109,8 +123,8 @@ def test_a_run_leaves_a_folder_for_the_hub_with_card_curves_and_settings(finishe
 def test_the_saved_folder_loads_and_computes_what_was_trained(finished_run, dataset):
     model = MoleBlendForPreTraining.from_pretrained(finished_run).eval()
     processor = MoleBlendProcessor.from_pretrained(finished_run)
-    molecules = data.read_molecules(dataset)
-    batch = processor(molecules.smiles[:4], coordinates=molecules.coordinates[:4], return_tensors="pt")
+    table = pq.read_table(dataset / "data")
+    batch = processor(table["smiles"].to_pylist()[:4], coordinates=table["coordinates"].to_pylist()[:4])
     with torch.no_grad():
         outputs = model(**batch, generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(outputs.loss)
@@ -173,10 +187,9 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch(dataset, tmp_path):
     which parts of a batch have unequal numbers, so that parts weigh them differently, as they do in the original.
     A large epsilon makes AdamW's step proportional to the gradient.
     """
-    rows = [row for row in pq.read_table(SAMPLE / "qm9_sample.parquet").to_pylist() if len(row["coordinates"]) == 9]
-    folder = tmp_path / "nine_atoms"
-    folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows[:24], schema=make_sample.SCHEMA), folder / "part.parquet")
+    table = pq.read_table(SAMPLE_ROWS)
+    nine_atoms = table.filter(pc.equal(pc.list_value_length(table["atom_features"]), 9))
+    folder = write_dataset(tmp_path / "nine_atoms", train=nine_atoms.slice(0, 24))
     still = ["hidden_dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", "drop_path_rate=0.0"]
     fixed = [
         "blend_probabilities=[1.0,0.0,0.0]",
@@ -237,27 +250,38 @@ def test_batches_that_cannot_be_are_refused(options, message):
 
 
 def test_no_molecule_is_on_both_sides_of_the_split():
-    molecules = data.read_molecules(SAMPLE)
-    keys = np.array([Chem.MolToInchiKey(Chem.MolFromSmiles(smiles)) for smiles in molecules.smiles])
-    training, held_out = data.split_held_out(molecules.smiles, 200, seed=0)
+    table = pq.read_table(SAMPLE_ROWS)
+    keys = np.array([Chem.MolToInchiKey(Chem.MolFromSmiles(smiles)) for smiles in table["smiles"].to_pylist()])
+    training, held_out = data.training_and_held_out(data.open_dataset(SAMPLE), 200, seed=0)
     assert (len(training), len(held_out)) == (1800, 200)
-    assert not set(keys[training]) & set(keys[held_out])
-    again = data.split_held_out(molecules.smiles, 200, seed=0)
-    assert np.array_equal(held_out, again[1])
-    training, held_out = data.split_held_out(["C", "CC", "C", "CCC", "C"], 1, seed=0)
+    assert not set(keys[training.indices]) & set(keys[held_out.indices])
+    again = data.training_and_held_out(data.open_dataset(SAMPLE), 200, seed=0)
+    assert np.array_equal(held_out.indices, again[1].indices)
+    training, held_out = data.split_held_out(pa.chunked_array([["C", "CC"], ["C", "CCC", "C"]]), 1, seed=0)
     assert {0, 2, 4} <= set(training) or {0, 2, 4} == set(held_out)
 
 
+def test_a_validation_split_is_what_is_evaluated_on(tmp_path):
+    table = pq.read_table(SAMPLE_ROWS)
+    folder = write_dataset(tmp_path / "dataset", train=table.slice(0, 40), validation=table.slice(100, 30))
+    training, held_out = data.training_and_held_out(data.open_dataset(folder), 12, seed=0)
+    assert (len(training), len(held_out)) == (40, 12)
+    assert held_out.rows.num_rows == 30
+    run(folder, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "training_settings.json").read_text())
+    assert (facts["num_training"], facts["num_held_out"]) == (40, 8)
+
+
 def test_the_samples_coordinates_are_in_the_order_of_its_smiles():
-    """Heavy atoms that are bonded are 1.1 to 1.8 angstrom apart in QM9."""
-    molecules = data.read_molecules(SAMPLE)
-    for smiles, coordinates in zip(molecules.smiles, molecules.coordinates, strict=True):
+    """Heavy atoms that are bonded are 1.1 to 1.8 angstrom apart in QM9, and a hydrogen 1.0 from its atom."""
+    table = pq.read_table(SAMPLE_ROWS)
+    for smiles, (coordinates,) in zip(table["smiles"].to_pylist(), table["coordinates"].to_pylist(), strict=True):
         bonds = [(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in Chem.MolFromSmiles(smiles).GetBonds()]
-        lengths = [np.linalg.norm(coordinates[i] - coordinates[j]) for i, j in bonds]
-        assert 1.0 < min(lengths) <= max(lengths) < 2.0, smiles
+        lengths = [np.linalg.norm(np.subtract(coordinates[i], coordinates[j])) for i, j in bonds]
+        assert 0.9 < min(lengths) <= max(lengths) < 2.0, smiles
 
 
-def test_make_sample_permutes_coordinates_into_the_order_of_the_smiles(tmp_path, capsys):
+def test_make_sample_takes_each_molecule_once_and_names_no_path(tmp_path, capsys):
     molecules = []
     for number, smiles in enumerate(("OC[C@@H](C)N", "C1CC1O", "OCC", "CCO"), start=1):
         molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
@@ -267,15 +291,19 @@ def test_make_sample_permutes_coordinates_into_the_order_of_the_smiles(tmp_path,
     with Chem.SDWriter(str(tmp_path / "gdb9.sdf")) as writer:
         for molecule in molecules:
             writer.write(molecule)
+    (tmp_path / "gdb9.sdf.csv").write_text(
+        "mol_id,mu,alpha,homo,lumo,gap\n" + "".join(f"gdb_{number},1,2,-0.1,0.1,0.2\n" for number in range(1, 5))
+    )
     make_sample.main(["--qm9", str(tmp_path), "--output", str(tmp_path / "sample")])
-    assert "3 of 4 molecules" in capsys.readouterr().out  # ethanol was there twice
-    rows = {row["id"]: row for row in pq.read_table(tmp_path / "sample" / "qm9_sample.parquet").to_pylist()}
+    assert "3 of 4 molecules; passed over: 1 doubles" in capsys.readouterr().out  # ethanol was there twice
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "sample" / "data").to_pylist()}
     assert rows["gdb_1"]["smiles"] == Chem.CanonSmiles("OC[C@@H](C)N")
+    assert rows["gdb_1"]["gap"] == pytest.approx(0.2 * 27.211386)
     heavy = Chem.RemoveHs(molecules[0])
     order = heavy.GetSubstructMatch(Chem.MolFromSmiles(rows["gdb_1"]["smiles"]))
-    np.testing.assert_allclose(
-        rows["gdb_1"]["coordinates"], heavy.GetConformer().GetPositions()[list(order)], atol=1e-3
-    )
+    positions = heavy.GetConformer().GetPositions()[list(order)]
+    np.testing.assert_allclose(rows["gdb_1"]["coordinates"], [positions], atol=1e-3)
+    assert str(tmp_path) not in (tmp_path / "sample" / "preprocessing.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["sample", "released", "paper"])
@@ -316,13 +344,42 @@ def test_a_wrong_recipe_is_refused_with_the_remedy(change, message, tmp_path):
 
 
 def test_a_wrong_dataset_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere' does not exist. Give one with --dataset"):
-        data.read_molecules(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"holds no \*.parquet file"):
-        data.read_molecules(tmp_path)
-    pq.write_table(pa.table({"molecule": ["C"], "mass": [16.0]}), tmp_path / "part.parquet")
-    with pytest.raises(ValueError, match=r"has no column 'smiles'. Its columns: molecule, mass"):
-        data.read_molecules(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no dataset folder .*nowhere'. Make one with training/preprocess.py"):
+        data.open_dataset(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no data/\*.parquet"):
+        data.open_dataset(tmp_path)
+    rows = pq.read_table(SAMPLE_ROWS).slice(0, 4)
+    with pytest.raises(ValueError, match=r"has format 99, but this version reads 1. Preprocess it again"):
+        data.open_dataset(write_dataset(tmp_path / "newer", {"format_version": 99}, train=rows))
+    with pytest.raises(ValueError, match="has no column 'bonds'"):
+        data.open_dataset(write_dataset(tmp_path / "no_bonds", train=rows.drop_columns(["bonds"])))
+    (tmp_path / "newer" / "preprocessing.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no preprocessing.json"):
+        data.open_dataset(tmp_path / "newer")
+
+
+def test_a_dataset_of_other_graphs_than_the_processors_is_refused(dataset, tmp_path):
+    message = r"made with hydrogens='drop', but the model's processor has 'keep'.* Preprocess with --hydrogens keep"
+    with pytest.raises(ValueError, match=message):
+        run(dataset, tmp_path, "--processor", "hydrogens=keep")
+    assert run(dataset, tmp_path / "fitting", "--processor", "hydrogens=drop").is_dir()
+
+
+def test_a_batch_of_rows_is_what_the_processor_makes_of_the_molecules(dataset):
+    rows = data.GraphRows(data.open_dataset(dataset).splits["train"], np.arange(40, 0, -1))
+    processor = data.open_dataset(dataset).processor()
+    batch = data.collate(rows.__getitems__([3, 30, 3, 7]), processor)
+    table = pq.read_table(dataset / "data").take([37, 10, 37, 33])
+    expected = processor(table["smiles"].to_pylist(), coordinates=table["coordinates"].to_pylist())
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
+def test_worker_processes_change_nothing(finished_run, dataset, tmp_path):
+    again = run(dataset, tmp_path, "--num_workers", "1")
+    one = run(dataset, tmp_path / "one")
+    expected, got = (load_file(folder / "model.safetensors") for folder in (one, again))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_checkpoints_of_another_run_are_neither_overwritten_nor_mistaken(finished_run, dataset):
