@@ -275,11 +275,15 @@ def test_pcqm4mv2_reports_what_does_not_join(tmp_path):
     rng = np.random.default_rng(0)
     write(pcqm4mv2(tmp_path, 500) / "a.sdf", cut(sdf(*(str(rng.integers(1 << 60)) for _ in range(400))).encode()))
     records = rows(open_source("pcqm4mv2", tmp_path))
-    ((damaged),) = [record for record in records if record.stage]
-    assert damaged.stage == "sdf"
-    assert damaged.smiles is not None
-    assert damaged.reason.endswith("the rows after it have no SDF record")
+    assert all(record.smiles is not None and record.stage is None for record in records)
     assert len(records) == 500
+    read = [record.sdf is not None for record in records]
+    assert 50 < read.index(False) < 350
+    for record, was_read in zip(records, sorted(read, reverse=True), strict=True):
+        reason = record.missing_3d
+        assert (
+            was_read if reason is None else reason.startswith("has an SDF record that lies where the file is damaged")
+        )
 
 
 def test_pcqm4mv2_several_sdf_files(tmp_path):

@@ -4,12 +4,11 @@ Nothing here looks at a molecule. The parts are read twice, once for the few col
 once to be written, so that only those columns are ever in memory as a whole.
 """
 
-import hashlib
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from content_hash import ContentHash
 from parts import REJECTED, Part
 from reporting import versions
 from rows import FORMAT_VERSION, schema
@@ -29,6 +29,8 @@ from splits import SCAFFOLD_SPLITS, assign_splits, split_hash
 if TYPE_CHECKING:
     from preprocess import PreprocessingSettings
 
+ABOUT = "preprocessing.json"
+MAX_SPLITS = 20  # given by a source; more are no splits, but another column
 ROWS_A_GROUP = 20_000  # of a Parquet row group: what is read at once when a shard is streamed
 SPLIT_NAMES = ("train", "validation", "test")
 SPLIT_SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
@@ -86,11 +88,12 @@ def assemble(
     settings: "PreprocessingSettings",
     source: Source,
     work: Path,
+    folder: Path,
     num_parts: int,
     num_read: int,
     units: dict[str, str | None],
 ) -> Assembly:
-    """Write data/, rejected.parquet, missing_3d.parquet and preprocessing.json into OUTPUT, and return the account."""
+    """Write data/, rejected.parquet, missing_3d.parquet and preprocessing.json into a folder, and return the account."""
     parts = [Part(index, (), str(work)) for index in range(num_parts)]
     assembly = Assembly(num_read=num_read)
     columns = _Columns([part.path("rows") for part in parts])
@@ -104,9 +107,8 @@ def assemble(
         assembly.num_in_several_splits = _in_several_splits(columns.codes("inchikey")[keep], split_of[keep])
 
     target = schema([t.name for t in source.targets], ("inchikey",) if settings.duplicates != "keep" else ())
-    folder = work / "assembled"
     shutil.rmtree(folder, ignore_errors=True)
-    digest = hashlib.sha256()
+    content = ContentHash()
     with _Files(folder, settings.rows_per_file, target, assembly.splits) as files:
         start = 0
         for part in parts:
@@ -118,10 +120,10 @@ def assemble(
             files.miss(kept)
             table = kept.select(target.names)
             codes = split_of[here][keep[here]]
-            _digest(digest, table, codes)
+            content.add(table.append_column("split", pa.array(names).take(pa.array(codes))))
             for code in np.unique(codes):
                 files.write(names[code], table.filter(pa.array(codes == code)))
-    assembly.content_sha256 = digest.hexdigest()
+    assembly.content_sha256 = content.hexdigest()
     if assembly.num_read != assembly.num_kept + assembly.num_rejected:
         raise RuntimeError(
             f"{assembly.num_read} rows were read, but {assembly.num_kept} are in the dataset and {assembly.num_rejected} "
@@ -142,12 +144,15 @@ def assemble(
         "num_rejected": assembly.num_rejected,
         "versions": versions("moleblend_hf", "rdkit", "datasets", "pyarrow", "numpy"),
     }
-    (folder / "preprocessing.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    output = Path(settings.output)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "preprocessing.json"):
+    (folder / ABOUT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return assembly
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Move all of a folder into OUTPUT; preprocessing.json last, as the sign that the rest is there."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == ABOUT):
         shutil.rmtree(output / path.name, ignore_errors=True)
         path.replace(output / path.name)
-    return assembly
 
 
 class _Columns:
@@ -224,6 +229,11 @@ def _splits(settings: "PreprocessingSettings", columns: _Columns, keep: np.ndarr
                 "split is 'given', but the source names no splits. Name their column with --split_column, or choose "
                 "another --split."
             )
+        if len(given) > MAX_SPLITS:
+            raise ValueError(
+                f"The rows name {len(given):,} splits, such as {given[0]!r} and {given[1]!r}; at most {MAX_SPLITS} were "
+                "expected. Name another --split_column."
+            )
         if not given:
             return ["train"], split_of
         found = [_split_name(name) for name in given]
@@ -283,15 +293,6 @@ def _account(kept: pa.Table, assembly: Assembly) -> None:
 def _kind(reason: str) -> str:
     """A reason without what is particular to the molecule, so that like ones are counted together."""
     return re.sub(r"'[^']*'|\b\d[\d,.]*\b", "...", reason)
-
-
-def _digest(digest: Any, table: pa.Table, codes: np.ndarray) -> None:
-    """Take the rows into the hash; the same for any engine and number of processes."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    digest.update(sink.getvalue())
-    digest.update(codes.tobytes())
 
 
 class _Files:
@@ -365,8 +366,3 @@ class _Files:
 def _ids_of(folder: Path, split: str) -> Iterator[str]:
     for path in sorted((folder / "data").glob(f"{split}-*.parquet")):
         yield from pq.read_table(path, columns=["id"])["id"].to_pylist()
-
-
-def all_rows(folder: str | Path) -> Iterable[pa.Table]:
-    """The tables of all splits of a finished dataset, by file."""
-    return map(pq.read_table, sorted(Path(folder, "data").glob("*.parquet")))

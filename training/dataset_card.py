@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 def write_dataset_card(
-    settings: "PreprocessingSettings", source: Source, assembly: Assembly, arguments: Sequence[str]
+    settings: "PreprocessingSettings", source: Source, assembly: Assembly, arguments: Sequence[str], folder: Path
 ) -> None:
-    """Write README.md and sizes.png into OUTPUT."""
-    output = Path(settings.output)
-    plot_sizes(assembly, output / "sizes.png")
+    """Write README.md and sizes.png into a folder."""
+    plot_sizes(assembly, folder / "sizes.png")
     license = settings.license or source.license
-    # One file a pattern: the folder has other Parquet files too.
+    # Said, because the folder has other Parquet files too.
     data_files = {name: f"data/{name}-*.parquet" for name in assembly.splits}
     metadata = DatasetCardData(
         license=license,
@@ -55,7 +54,7 @@ def write_dataset_card(
         command=shlex.join(["python", "training/preprocess.py", *arguments]),
         license=license,
     )
-    (output / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def plot_sizes(assembly: Assembly, path: Path) -> None:

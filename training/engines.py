@@ -5,26 +5,30 @@ what is done in any order. A part whose process ended is tried again (`parts.py`
 """
 
 import multiprocessing
-import time
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import replace
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from parts import Part, PartSettings, featurize_part
+from parts import Part, PartSettings, after_failure, featurize_part
 
 ENGINES = ("local", "ray")
+KILLED = "had its process killed, as happens when memory runs out"
 PARTS_A_PROCESS = 2  # in work and waiting, so that no process ever waits for the reader
 
 
 def run_locally(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> Iterator[tuple[int, int]]:
     """Numbers of rows and rejections of each part, from `num_proc` processes."""
-    # Forked by a server that has imported everything and runs no thread: forks of this process could hang.
+    # Forked by a server that runs no thread: forks of this process could hang. The server has imported the script, as each
+    # process does, which takes seconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parts"])
-    with ProcessPool(num_proc, context=context) as pool:
+    context.set_forkserver_preload(["preprocess"])
+    with ProcessPool(num_proc, initializer=_end_with_parent, context=context) as pool:
         pending: dict[Any, Part] = {}
 
         def finished() -> Iterator[tuple[int, int]]:
@@ -33,7 +37,7 @@ def run_locally(parts: Iterable[Part], settings: PartSettings, num_proc: int) ->
                 try:
                     yield future.result()
                 except ProcessExpired as error:
-                    again = after_crash(part, settings, f"exit code {error.exitcode}")
+                    again = after_failure(part, settings, _ending(error.exitcode))
                     pending[pool.schedule(featurize_part, args=(again, settings))] = again
 
         try:
@@ -57,10 +61,13 @@ def run_on_ray(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> 
         import ray
     except ImportError as error:
         raise ImportError('The engine "ray" needs Ray. Run `pip install "ray"`, or use --engine local.') from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    # A process of its own for each part: one that RDKit took down takes no other part with it.
-    task = ray.remote(max_retries=0, max_calls=0)(featurize_part)
+    own = not ray.is_initialized()
+    if own:
+        # Its processes look for our files where this one does.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    ended = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+    task = ray.remote(max_retries=0)(featurize_part)  # retries are ours, which know the row to blame
     pending: dict[Any, Part] = {}
 
     def finished() -> Iterator[tuple[int, int]]:
@@ -68,30 +75,38 @@ def run_on_ray(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> 
         part = pending.pop(done[0])
         try:
             yield ray.get(done[0])
-        except ray.exceptions.WorkerCrashedError:
-            again = after_crash(part, settings, "worker crashed")
+        except ended as error:
+            how = KILLED if isinstance(error, ray.exceptions.OutOfMemoryError) else "made RDKit crash"
+            again = after_failure(part, settings, how)
             pending[task.remote(again, settings)] = again
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # without Ray's copy of it, which has no errno
 
-    for part in parts:
-        pending[task.remote(part, settings)] = part
-        while len(pending) >= num_proc:
+    try:
+        for part in parts:
+            pending[task.remote(part, settings)] = part
+            while len(pending) >= num_proc:
+                yield from finished()
+        while pending:
             yield from finished()
-    while pending:
-        yield from finished()
+    finally:
+        if own:
+            ray.shutdown()
 
 
-def after_crash(part: Part, settings: PartSettings, how: str) -> Part:
-    """The part as it is to be tried again: row by row, then with the row that ended its process marked as a failure."""
-    marker = part.path("marker")
-    if not marker.exists():
-        raise RuntimeError(f"A process ended before it began its part ({how}). Is there enough memory for so many?")
-    if not part.one_by_one:
-        return replace(part, one_by_one=True)
-    row = int(marker.read_bytes())
-    if len(part.failures.get(row, ())) > 2:
-        raise RuntimeError(f"Row {row} was left out, but a process still ended there ({how}).")
-    limit = settings.molecule_time_limit
-    slow = time.time() - marker.stat().st_mtime >= limit
-    reason = f"took RDKit more than {limit:g} s" if slow else f"made RDKit crash ({how})"
-    failures = {**part.failures, row: (*part.failures.get(row, ()), reason)}
-    return replace(part, failures=failures)
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it does, even by `kill -9`: nobody would wait for its results."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ending(exit_code: int) -> str:
+    """How a process ended, phrased to follow the name of a row."""
+    if exit_code == -signal.SIGKILL:
+        return KILLED
+    return f"made RDKit crash ({signal.Signals(-exit_code).name if exit_code < 0 else f'exit code {exit_code}'})"

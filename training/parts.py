@@ -1,15 +1,15 @@
 """One part of a source -> a file of rows and a file of rejections, in a process that RDKit may take down.
 
 `featurize_part` is what every engine runs, on one machine or on many: the content of a part depends on nothing but its
-records and the settings. RDKit may crash or never return. A timer in C ends the process then, even while RDKit holds the
-interpreter, and a marker file tells the supervisor at which row: it runs the part again, row by row, and at last without
-the row that is to blame.
+records and the settings. RDKit may crash, or never return; then a timer in C ends the process, even while RDKit holds the
+interpreter. A marker file tells the supervisor at which row that was. It runs the part again, row by row
+(`after_failure`), and at last without the row that ended its process twice.
 """
 
 import faulthandler
 import json
 import math
-import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rdkit import Chem, rdBase
@@ -26,10 +25,12 @@ from conformers import ConformerCache
 from moleblend_hf import MolecularGraph
 from moleblend_hf.featurization_moleblend import featurize_parsed
 from moleblend_hf.molecules_moleblend import (
+    RDKIT_ERRORS,
     FeaturizationSettings,
     MoleculeError,
     ParsedMolecule,
     apply_modality,
+    first_line,
     parse_molecule,
     parse_sdf_record,
 )
@@ -37,9 +38,10 @@ from rows import GRAPH_COLUMNS, graph_columns, schema
 from sources import Record
 from splits import scaffold_of
 
-RECORDS_A_BATCH = (
-    64  # featurized together; a tenth of that where conformers are made, so that less is lost to the timer
-)
+RECORDS_A_BATCH = 64  # featurized together, within the time limit of one molecule
+CONFORMERS_A_BATCH = 6  # the same where conformers are made, which takes a hundred times longer
+ROW_DIGITS = 20  # of a marker
+MAX_FAILURES = 2  # processes that a row may end: once it is blamed on its conformer
 REJECTED = pa.schema(
     [("row", pa.int64()), ("id", pa.string()), ("input", pa.string()), ("stage", pa.string()), ("reason", pa.string())]
 )
@@ -66,12 +68,18 @@ class Part:
     index: int
     records: Sequence[Record]
     folder: str  # where its files go
-    one_by_one: bool = False
-    failures: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by row: what ended the process
+    failures: Mapping[int | None, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what ended processes, by row if known
 
     def path(self, kind: str) -> Path:
         """Where the rows, the rejections or the marker of this part are."""
         return Path(self.folder) / f"{kind}-{self.index:07d}{'' if kind == 'marker' else '.parquet'}"
+
+
+def makes_conformers(settings: FeaturizationSettings) -> bool:
+    """Whether molecules without a geometry get one."""
+    return settings.modality in ("2d+3d", "3d")
 
 
 def part_schema(settings: PartSettings) -> pa.Schema:
@@ -88,8 +96,8 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
 
     The file of rows gets its name last: where it is, the part is done.
     """
-    made = settings.featurization.modality in ("2d+3d", "3d")
-    size = 1 if part.one_by_one else RECORDS_A_BATCH // (10 if made else 1)
+    size = CONFORMERS_A_BATCH if makes_conformers(settings.featurization) else RECORDS_A_BATCH
+    size = 1 if part.failures else size
     rows: list[dict[str, Any]] = []
     graphs: list[MolecularGraph] = []
     rejected: list[dict[str, Any]] = []
@@ -100,15 +108,8 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
             for record, result in zip(records, _featurize(records, part.failures, settings), strict=True):
                 if isinstance(result, MoleculeError):
                     text = record.smiles if record.sdf is None else record.sdf
-                    rejected.append(
-                        {
-                            "row": record.row,
-                            "id": record.id,
-                            "input": text,
-                            "stage": result.stage,
-                            "reason": result.reason,
-                        }
-                    )
+                    values = (record.row, record.id, text, result.stage, result.reason)
+                    rejected.append(dict(zip(REJECTED.names, values, strict=True)))
                 else:
                     rows.append(result[0])
                     graphs.append(result[1])
@@ -124,8 +125,32 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
     return len(rows), len(rejected)
 
 
+def after_failure(part: Part, settings: PartSettings, how: str) -> Part:
+    """The part as it is to be tried again after its process ended.
+
+    Args:
+        part: as it was tried.
+        settings: of the part.
+        how: the process ended, if it was not the timer; phrased to follow the name of a row.
+    """
+    marker = part.path("marker")
+    text = marker.read_bytes() if marker.exists() else b""
+    marker.unlink(missing_ok=True)  # or it would speak for the next attempt, if that ended before its first row
+    timer_ended_it = b"Timeout" in text
+    reason = f"took RDKit more than {settings.molecule_time_limit:g} s" if timer_ended_it else how
+    row = int(text[:ROW_DIGITS]) if text and part.failures else None  # which row of a batch it was, nobody knows
+    failures = (*part.failures.get(row, ()), reason)
+    if len(failures) > MAX_FAILURES:
+        where = "outside of any row" if row is None else f"at row {row}, which was not even read any more"
+        raise RuntimeError(
+            f"{len(failures)} processes ended at part {part.index}, the last one {where}: it {reason}. If memory is "
+            "short, take fewer processes (--num_proc). Parts that are done are kept."
+        )
+    return replace(part, failures={**part.failures, row: failures})
+
+
 def _featurize(
-    records: Sequence[Record], failures: Mapping[int, tuple[str, ...]], settings: PartSettings
+    records: Sequence[Record], failures: Mapping[int | None, tuple[str, ...]], settings: PartSettings
 ) -> list[tuple[dict[str, Any], MolecularGraph] | MoleculeError]:
     """A row without its graph columns, and its graph, or the error, for each record."""
     results: list[Any] = []
@@ -140,37 +165,30 @@ def _featurize(
         if isinstance(graph, MoleculeError):
             results[index] = graph
             continue
-        _, row, order = results[index]
+        row = results[index][1]
         if graph.unknown_values:
             row["unknown_values"] = json.dumps(graph.unknown_values)
-        results[index] = (row, graph if order is None else _reordered(graph, order))
+        results[index] = (row, graph)
     return results
 
 
-def _parse(
-    record: Record, failures: tuple[str, ...], settings: PartSettings
-) -> tuple[ParsedMolecule, dict[str, Any], list[int] | None]:
-    """The molecule, the row without its graph, and the order in which the row's SMILES has the atoms, if not the same."""
+def _parse(record: Record, failures: tuple[str, ...], settings: PartSettings) -> tuple[ParsedMolecule, dict[str, Any]]:
+    """The molecule, with atoms in the order of the row's SMILES, and the row without its graph."""
     if record.stage is not None:
         raise MoleculeError(record.reason or "", record.stage, "Fix it")
-    made = settings.featurization.modality in ("2d+3d", "3d")
-    if len(failures) > (1 if made else 0):
+    if len(failures) >= MAX_FAILURES:
         raise MoleculeError(failures[-1], "process", "Leave it out")
     targets = _targets(record, settings)
-    parsed, missing_reason, from_sdf = _molecule(record, settings.featurization)
-    if failures:  # once is blamed on the conformer, without which it is tried again
-        if settings.featurization.modality == "3d" and parsed.coordinates is None:
-            raise MoleculeError(f"has no conformer: {failures[-1]}", "conformer", "Leave it out")
-        missing_reason = missing_reason or (
-            f"has no conformer: {failures[-1]}" if parsed.coordinates is None else None
-        )
+    parsed, smiles, missing_reason = _molecule(record, settings.featurization)
+    if failures and makes_conformers(settings.featurization) and parsed.coordinates is None:
+        missing_reason = f"has no conformer: {failures[-1]}"  # perhaps; the next attempt shows
+        if settings.featurization.modality == "3d":
+            raise MoleculeError(missing_reason, "conformer", "Leave it out")
     else:
         embed = None if settings.conformer_cache is None else _cache(settings.conformer_cache).embed
         parsed = apply_modality(parsed, settings.featurization, embed)
-    smiles, order = record.smiles, None
-    if from_sdf:
-        smiles = Chem.MolToSmiles(parsed.mol)
-        order = list(parsed.mol.GetPropsAsDict(includePrivate=True, includeComputed=True)["_smilesAtomOutputOrder"])
+        if missing_reason and parsed.coordinates is not None:
+            missing_reason += ", so a conformer was made"
     row = {
         "row": record.row,
         "id": record.id,
@@ -186,26 +204,42 @@ def _parse(
             row["scaffold"] = scaffold_of(parsed.mol, settings.scaffold)
         except ValueError as error:
             raise MoleculeError(f"has no scaffold: {error}", "split", "Choose another split") from error
-    return parsed, row, order
+    return parsed, row
 
 
-def _molecule(record: Record, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str | None, bool]:
-    """The molecule with coordinates if it has some, why not although there is an SDF record, and if it is of that."""
+def _molecule(record: Record, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str, str | None]:
+    """The molecule as its SMILES says, with the coordinates it has; the SMILES; and why expected coordinates are not there."""
     given = replace(settings, modality="2d" if settings.modality == "2d" else "auto")
-    if record.sdf is None:
-        return parse_molecule(record.smiles, record.coordinates, given), None, False
+    if record.sdf is None or (record.smiles is not None and given.modality == "2d"):
+        written = parse_molecule(record.smiles, record.coordinates, given)
+        # Added hydrogens are atoms of the row, so its SMILES has them too.
+        if settings.hydrogens == "add":
+            return *_as_smiles(written, given), record.missing_3d
+        return written, str(record.smiles), record.missing_3d
     mol = parse_sdf_record(record.sdf)
     if record.smiles is None:
-        return parse_molecule(mol, None, given), None, True
+        return *_as_smiles(parse_molecule(mol, None, given), given), None
     # The SMILES says which molecule the row is about: if the geometry is of another one, the files are out of step.
     written = parse_molecule(record.smiles, None, given)
     try:
         drawn = parse_molecule(mol, None, given)
+        if _constitution(drawn.mol) == _constitution(written.mol):
+            return *_as_smiles(drawn, given), None
+        reason = "has an SDF record of another molecule than its SMILES"
     except MoleculeError as error:
-        return written, f"has an SDF record that {error.reason}", False
-    if _constitution(drawn.mol) != _constitution(written.mol):
-        return written, "has an SDF record of another molecule than its SMILES", False
-    return drawn, None, True
+        reason = f"has an SDF record that {error.reason}"
+    return _molecule(replace(record, sdf=None, missing_3d=reason), settings)
+
+
+def _as_smiles(parsed: ParsedMolecule, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str]:
+    """The molecule as it is read from its SMILES, and that: whoever reads the row's SMILES has the row's graph."""
+    try:
+        smiles = Chem.MolToSmiles(parsed.mol)
+    except RDKIT_ERRORS as error:
+        raise MoleculeError(f"could not be written as SMILES: {first_line(error)}", "parse", "Fix it") from error
+    order = list(parsed.mol.GetPropsAsDict(includePrivate=True, includeComputed=True)["_smilesAtomOutputOrder"])
+    coordinates = None if parsed.coordinates is None else parsed.coordinates[:, order]
+    return parse_molecule(smiles, coordinates, settings), smiles
 
 
 def _constitution(mol: Chem.Mol) -> str:
@@ -231,18 +265,6 @@ def _targets(record: Record, settings: PartSettings) -> dict[str, float | None]:
     return found
 
 
-def _reordered(graph: MolecularGraph, order: list[int]) -> MolecularGraph:
-    """The graph with atom `order[i]` as atom i."""
-    place = np.empty(len(order), dtype=graph.bonds.dtype)
-    place[order] = np.arange(len(order))
-    return replace(
-        graph,
-        atom_features=graph.atom_features[order],
-        bonds=place[graph.bonds],
-        coordinates=graph.coordinates[:, order],
-    )
-
-
 @cache
 def _cache(path: str) -> ConformerCache:
     """One connection a process."""
@@ -251,25 +273,28 @@ def _cache(path: str) -> ConformerCache:
 
 @contextmanager
 def _marked(part: Part) -> Iterator[Any]:
-    """A function that notes the row which is next and winds up the timer; both are gone in the end."""
+    """A function that notes the row which is next and winds up the timer; both are gone in the end.
+
+    The timer adds a traceback to the marker before it ends the process.
+    """
     path = part.path("marker")
-    with path.open("wb", buffering=0) as marker, open(os.devnull, "w") as nowhere:
+    with path.open("wb", buffering=0) as marker:
 
         def mark(row: int, limit: float) -> None:
             marker.seek(0)
-            marker.write(b"%020d" % row)
-            faulthandler.dump_traceback_later(limit, exit=True, file=nowhere)
+            marker.write(b"%0*d" % (ROW_DIGITS, row))
+            faulthandler.dump_traceback_later(limit, exit=True, file=marker)
 
         try:
             yield mark
         finally:
             faulthandler.cancel_dump_traceback_later()
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 def _write(table: pa.Table, path: Path) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         pq.write_table(table, partial, compression="zstd")
         partial.replace(path)

@@ -15,6 +15,7 @@ number of processes.
 import dataclasses
 import errno
 import json
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -23,19 +24,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dataset_card import write_dataset_card
 from tqdm.auto import tqdm
 
-from assemble import Assembly, assemble
+from assemble import ABOUT, Assembly, assemble, publish
+from conformers import ConformerCache
+from dataset_card import write_dataset_card
 from engines import ENGINES, run_locally, run_on_ray
 from moleblend_hf.molecules_moleblend import HYDROGENS, MODALITIES, FeaturizationSettings
-from parts import Part, PartSettings
+from parts import Part, PartSettings, makes_conformers
+from reporting import versions
 from settings import load_settings, setting
 from sources import SOURCES, Record, Source, count_rows, open_source
 from splits import SCAFFOLD_SPLITS, SPLITS
-from units import factor
+from units import dimension_of, factor
 
+# What is done again after an interrupt, and how often the progress bar moves. A conformer takes 100 times longer than all
+# the rest.
 RECORDS_A_PART = 1000
+CONFORMERS_A_PART = 100
 DUPLICATES = ("keep", "report", "drop")
 # The field states QM9's energies in eV.
 DEFAULT_CONVERSIONS = {"qm9": {"hartree": "eV"}, "moleculenet/qm8": {"hartree": "eV"}}
@@ -107,7 +113,7 @@ class PreprocessingSettings:
 
     def that_shape_the_content(self) -> dict[str, Any]:
         """All settings but those that say where and how fast."""
-        free = {"output", "overwrite", "num_proc", "engine", "push_to_hub", "private", "conformer_cache"}
+        free = ("output", "overwrite", "num_proc", "engine", "license", "push_to_hub", "private", "conformer_cache")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
     def featurization(self) -> FeaturizationSettings:
@@ -137,25 +143,30 @@ def opened_source(settings: PreprocessingSettings) -> Source:
     )
 
 
-def stored_units(source: Source, convert: dict[str, str]) -> dict[str, str | None]:
+def stored_units(settings: PreprocessingSettings, source: Source) -> dict[str, str | None]:
     """The unit in which each target is stored: as asked for, else as the field states it, else that of the source."""
     names = [target.name for target in source.targets]
-    if unknown := [name for name in convert if name not in names]:
+    if unknown := [name for name in settings.convert if name not in names]:
         raise ValueError(f"convert names no target {unknown[0]!r}. The targets: {', '.join(names) or 'none'}.")
+    for name, unit in {**settings.units, **settings.convert}.items():
+        try:
+            dimension_of(unit)
+        except ValueError as error:
+            raise ValueError(f"Of target {name!r}: {error}") from error
     usual = DEFAULT_CONVERSIONS.get(source.name, {})
     found = {}
     for target in source.targets:
-        if target.name in convert and target.unit is None:
+        if target.name in settings.convert and target.unit is None:
             raise ValueError(
                 f"Target {target.name!r} has no unit to convert from. Name it with --units {target.name}=UNIT."
             )
-        found[target.name] = convert.get(target.name, usual.get(target.unit or "", target.unit))
+        found[target.name] = settings.convert.get(target.name, usual.get(target.unit or "", target.unit))
     return found
 
 
 def part_settings(settings: PreprocessingSettings, source: Source) -> PartSettings:
     """What the processes that featurize need to know."""
-    units = stored_units(source, settings.convert)
+    units = stored_units(settings, source)
     return PartSettings(
         featurization=settings.featurization(),
         target_names=tuple(target.name for target in source.targets),
@@ -177,12 +188,13 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     work = output / ".parts"
     if settings.overwrite:
         shutil.rmtree(output, ignore_errors=True)
-    elif (output / "preprocessing.json").exists():
+    elif (output / ABOUT).exists():
         raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")
     elif output.is_dir() and not work.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty, and no run of this script left it. Choose another --output.")
     identity = {
         "settings": settings.that_shape_the_content(),
+        "versions": versions("moleblend_hf", "rdkit"),
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
     }
     identity = json.loads(json.dumps(identity))
@@ -193,9 +205,10 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
             changed = [
                 name for name in identity["settings"] if before["settings"].get(name) != identity["settings"][name]
             ]
-            what = f"other settings ({', '.join(changed)})" if changed else "other input files"
+            what = "input files or versions"
+            what = f"settings ({', '.join(changed)})" if changed else what
             raise ValueError(
-                f"{output} holds an unfinished run with {what}. Repeat that command, choose another --output, or start "
+                f"{output} holds an unfinished run with other {what}. Repeat that command, choose another --output, or start "
                 "anew with --overwrite."
             )
     else:
@@ -206,19 +219,19 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     return work
 
 
-def parts_to_do(records: Iterable[Record], work: Path, done: Counter[str], progress: tqdm) -> Iterator[Part]:
+def parts_to_do(
+    records: Iterable[Record], size: int, work: Path, done: Counter[str], progress: tqdm
+) -> Iterator[Part]:
     """The source in parts, without those whose rows are there; `done` counts what was read."""
     records = iter(records)
-    index = 0
-    while chunk := list(islice(records, RECORDS_A_PART)):
-        part = Part(index, chunk, str(work))
+    while chunk := list(islice(records, size)):
+        part = Part(done["parts"], chunk, str(work))
+        done["parts"] += 1
         done["read"] += len(chunk)
         if part.path("rows").exists():
             progress.update(len(chunk))
         else:
             yield part
-        index += 1
-    done["parts"] = index
 
 
 def featurize_all(settings: PreprocessingSettings, source: Source, work: Path) -> Counter[str]:
@@ -230,7 +243,8 @@ def featurize_all(settings: PreprocessingSettings, source: Source, work: Path) -
     run = run_on_ray if settings.engine == "ray" else run_locally
     rejected = 0
     with tqdm(total=total, unit=" molecules", unit_scale=True, mininterval=0.5) as progress:
-        parts = parts_to_do(islice(source.records(), settings.limit), work, done, progress)
+        size = CONFORMERS_A_PART if makes_conformers(settings.featurization()) else RECORDS_A_PART
+        parts = parts_to_do(islice(source.records(), settings.limit), size, work, done, progress)
         for num_rows, num_rejected in run(parts, part_settings(settings, source), settings.num_proc):
             rejected += num_rejected
             progress.update(num_rows + num_rejected)
@@ -245,13 +259,15 @@ def main(argv: list[str] | None = None) -> Assembly:
     for note in source.notes:
         print(note)
     part_settings(settings, source)  # raises for units that cannot be converted
+    if settings.conformer_cache is not None:
+        ConformerCache(settings.conformer_cache)  # raises for a file that is something else
     work = open_folder(settings, source)
+    folder = work / "assembled"
     try:
         done = featurize_all(settings, source, work)
-        assembly = assemble(
-            settings, source, work, done["parts"], done["read"], stored_units(source, settings.convert)
-        )
-        write_dataset_card(settings, source, assembly, sys.argv[1:] if argv is None else argv)
+        units = stored_units(settings, source)
+        assembly = assemble(settings, source, work, folder, done["parts"], done["read"], units)
+        write_dataset_card(settings, source, assembly, sys.argv[1:] if argv is None else argv, folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -259,6 +275,7 @@ def main(argv: list[str] | None = None) -> Assembly:
             errno.ENOSPC,
             f"No space is left for {settings.output}. Parts that are done are kept: free some and repeat the command",
         ) from error
+    publish(folder, Path(settings.output))
     shutil.rmtree(work)
     print(assembly.summary())
     if settings.push_to_hub:
@@ -271,6 +288,10 @@ def push(settings: PreprocessingSettings) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    print(
+        "If the upload fails, repeat it with: "
+        + shlex.join(["hf", "upload", "--repo-type", "dataset", str(settings.push_to_hub), settings.output])
+    )
     url = api.create_repo(str(settings.push_to_hub), repo_type="dataset", private=settings.private, exist_ok=True)
     api.upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=settings.output)
     print(f"Pushed to {url}.")

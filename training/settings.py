@@ -24,9 +24,8 @@ def setting(group: str, help: str, default: Any = dataclasses.MISSING, choices: 
 def load_settings(settings_class: type[S], description: str, default_config: Path | None, argv: list[str] | None) -> S:
     """Settings from the YAML file named by `--config`, each overridden by the flag of its name where one is given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, default=default_config, help="YAML file of the settings below (default: %(default)s)"
-    )
+    shown = "" if default_config is None else f" (default: {default_config})"
+    parser.add_argument("--config", type=Path, default=default_config, help=f"YAML file of the settings below{shown}")
     fields = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
     hints = get_type_hints(settings_class)
     groups: dict[str, Any] = {}
@@ -34,16 +33,16 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        default = _shown_default(field, default_config)
-        has_default = default not in (None, "", dataclasses.MISSING)
-        text = field.metadata["help"] + (f" (default: {default})" if has_default else "")
+        text = field.metadata["help"] + _shown_default(field, default_config)
         options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if hints[name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[name]) is dict:
             options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        elif choices := field.metadata["choices"]:
+            options["choices"] = choices
         else:
-            options |= {"metavar": name.rsplit("_", 1)[-1].upper(), "choices": field.metadata["choices"]}
+            options["metavar"] = name.rsplit("_", 1)[-1].upper()
         groups[group].add_argument(f"--{name}", **options)
     flags = vars(parser.parse_args(argv))
     path: Path | None = flags.pop("config")
@@ -71,13 +70,13 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
 
 
-def _shown_default(field: dataclasses.Field[Any], default_config: Path | None) -> Any:
+def _shown_default(field: dataclasses.Field[Any], default_config: Path | None) -> str:
     if _is_required(field):
-        return "has to be given" if default_config is None else "from the file"
-    if field.default_factory is not dataclasses.MISSING:
-        values = field.default_factory()
-        return ",".join(map(str, values)) if isinstance(values, list) else None
-    return field.default
+        return " (required)" if default_config is None else " (default: from the file)"
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
+    return "" if default in (None, "", {}) else f" (default: {default})"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

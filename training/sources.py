@@ -80,6 +80,7 @@ class Record:
     coordinates: list | None = None  # nested (C, n, 3) lists in angstrom, in the atom order of `smiles`
     targets: tuple[str | float | None, ...] = ()  # as written, one for each target of the source; None where missing
     split: str | None = None  # as in the split column or split file
+    missing_3d: str | None = None  # why there is no geometry although one was expected
     stage: str | None = None  # where it was rejected: "csv", "sdf", "parquet", "join" or "excluded"
     reason: str | None = None  # why, phrased to follow the name of the row: "has 5 fields, but the header has 4"
 
@@ -175,22 +176,21 @@ def open_source(
 
 
 def count_rows(source: Source) -> int | None:
-    """About how many rows there are, for a progress bar: ends of records or lines, or None where nobody knows."""
+    """About how many rows there are, for a progress bar: ends of records or lines; None where nobody knows."""
     if not source.files or not _head(source.files[0]):
         return None
     if all(path.suffix == ".parquet" for path in source.files):
         return sum(pq.read_metadata(path).num_rows for path in source.files)
     path = next((path for path in source.files if ".csv" in path.suffixes), source.files[0])
-    head = _head(path, HEAD_CHARACTERS)
-    end = b"$$$$" if b"M  END" in head else b"\n"
-    count = 0
+    is_sdf = b"M  END" in _head(path, HEAD_CHARACTERS)
     try:
         with _open_bytes(path) as file:
-            while chunk := file.read(HEAD_CHARACTERS):
-                count += chunk.count(end)
+            if is_sdf:
+                return sum(chunk.count(b"$$$$") for chunk in iter(partial(file.read, HEAD_CHARACTERS), b""))
+            lines = sum(not line.isspace() for line in file)
+            return lines if source.name == "smi" else max(lines - 1, 0)  # without the header
     except DAMAGE:
-        pass
-    return count
+        return None
 
 
 # Files
@@ -584,17 +584,17 @@ def _read_sdf(path: Path, columns: _Columns) -> Iterator[Record]:
 
 def _join(table: Iterator[Record], texts: Iterator[str | MoleculeError]) -> Iterator[Record]:
     """Rows of a table with the SDF records of the same position; rows beyond the last record have none."""
+    damage: str | None = None
     for row, (record, text) in enumerate(itertools.zip_longest(table, texts)):
-        if record is None:
-            extra = _sdf_record(row, text)
+        if isinstance(text, MoleculeError):  # the last that comes from the SDF
+            damage, text = f"has an SDF record that {text.reason}", None
+        if record is not None:
+            yield replace(record, sdf=text, missing_3d=damage)
+        elif text is not None:
             reason = "is a record of the SDF beyond the last row of the table"
-            yield extra if extra.stage else replace(extra, stage="join", reason=reason)
-        elif record.stage or text is None:
-            yield record
-        elif isinstance(text, MoleculeError):
-            yield replace(record, stage="sdf", reason=f"{text.reason}; the rows after it have no SDF record")
+            yield replace(_sdf_record(row, text), stage="join", reason=reason)
         else:
-            yield replace(record, sdf=text)
+            yield Record(row, str(row), stage="sdf", reason=damage)
 
 
 def _one_of(paths: Iterable[Path], what: str) -> Path | None:
@@ -759,7 +759,7 @@ def _checked_join(record: Record, sdf: Path) -> Record:
     if record.stage:
         return record
     if record.sdf is None:
-        return replace(record, stage="join", reason=f"has no record in {sdf.name}")
+        return replace(record, stage="join", reason=record.missing_3d or f"has no record in {sdf.name}")
     title = record.sdf.partition("\n")[0].strip()
     if title != record.id:
         return replace(record, stage="join", reason=f"is {record.id!r} in the table, but {title!r} in {sdf.name}")

@@ -20,6 +20,8 @@ UNITS: dict[str, dict[str, float]] = {
     "volume": {"bohr^3": BOHR**3, "angstrom^3": constants.angstrom**3},
     "dipole moment": {"D": DEBYE, "e bohr": constants.e * BOHR},
     "frequency": {"GHz": constants.giga, "MHz": constants.mega},
+    "concentration": {"mol/L": 1e3, "mmol/L": 1.0, "umol/L": 1e-3, "nmol/L": 1e-6},
+    "logarithmic concentration": {"log10(mol/L)": 1.0},  # of which a factor would make nothing else
     "heat capacity": {"cal/(mol K)": constants.calorie / constants.N_A, "J/(mol K)": 1 / constants.N_A},
 }
 
