@@ -38,44 +38,53 @@ def draw(
     return sampler(shape, device=device, **({} if generator is None else {"generator": generator}))
 
 
-def draw_pair_modalities(
-    available: torch.Tensor,
-    num_atoms: int,
-    probabilities: Sequence[float],
-    per_molecule: bool = True,
-    generator: torch.Generator | None = None,
+def molecules_with_coordinates(
+    atom_features: torch.Tensor, coordinates: torch.Tensor | None, coordinates_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Draws the relation that each ordered pair of atoms shows.
+    """Which molecules of a batch have a geometry, `(batch_size,)` bool."""
+    if coordinates is not None and coordinates_mask is not None:
+        return coordinates_mask.bool()
+    return atom_features.new_full(atom_features.shape[:1], coordinates is not None, dtype=torch.bool)
+
+
+def available_modalities(
+    has_coordinates: torch.Tensor,
+    degree: torch.Tensor | None,
+    shortest_path_distance: torch.Tensor | None,
+    path_bond_types: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which relations the pairs of a molecule can show `(batch_size, 3)`, and which features its atoms `(batch_size, 2)`."""
+    everyone = torch.ones_like(has_coordinates)
+    pairs = (
+        everyone & (shortest_path_distance is not None),
+        everyone & (path_bond_types is not None),
+        has_coordinates,
+    )
+    return torch.stack(pairs, dim=-1), torch.stack([everyone & (degree is not None), has_coordinates], dim=-1)
+
+
+def pair_modalities(available: torch.Tensor, probabilities: Sequence[float], draws: torch.Tensor) -> torch.Tensor:
+    """The relation that each ordered pair of atoms shows.
 
     Args:
         available (`torch.BoolTensor` of shape `(batch_size, 3)`):
             Which relations a molecule has; the probabilities are renormalised over them.
-        num_atoms (`int`): padded number of atoms, N.
         probabilities (`list[float]`): of the three relations.
-        per_molecule (`bool`): whether each molecule has its own draw, or one is shared by the batch.
-        generator (`torch.Generator`, *optional*): source of the draw, on the device of `available`.
+        draws (`torch.FloatTensor` of shape `(batch_size or 1, N, N)`): uniform in [0, 1).
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, N, N)`
     """
     cumulative = (available * available.new_tensor(probabilities, dtype=torch.float32)).cumsum(-1)
-    num_draws = available.shape[0] if per_molecule else 1
-    draws = draw(torch.rand, (num_draws, num_atoms, num_atoms), available.device, generator)
     # In [0, total): the first relation whose cumulative probability exceeds the draw.
     draws = draws * cumulative[:, -1, None, None]
     return (draws.unsqueeze(-1) >= cumulative[:, None, None, :]).sum(-1).clamp(max=PAIR_DISTANCE)
 
 
-def draw_atom_modalities(
-    available: torch.Tensor,
-    num_atoms: int,
-    probabilities: Sequence[float],
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Draws the feature that each atom shows, `(batch_size, N)` long; arguments as in `draw_pair_modalities`."""
+def atom_modalities(available: torch.Tensor, probabilities: Sequence[float], draws: torch.Tensor) -> torch.Tensor:
+    """The feature that each atom shows, `(batch_size, N)` long; `draws` `(batch_size, N)`, else as `pair_modalities`."""
     weights = available * available.new_tensor(probabilities, dtype=torch.float32)
     degree, distance = weights.unsqueeze(1).unbind(-1)  # (B, 1) each
-    draws = draw(torch.rand, (available.shape[0], num_atoms), available.device, generator)
     return (draws * (degree + distance) >= degree).long()
 
 

@@ -16,7 +16,6 @@
 Read downward: constants, embeddings, the three pair relations, attention, layer, encoder, heads. Tensors are named and shaped
 as the processor returns them.
 """
-
 # B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path, K kernels.
 
 from collections.abc import Callable, Sequence
@@ -44,14 +43,16 @@ from .blending_moleblend import (
     PAIR_BOND_PATH,
     PAIR_DISTANCE,
     PAIR_SHORTEST_PATH,
+    atom_modalities,
+    available_modalities,
     bond_path_labels,
     draw,
-    draw_atom_modalities,
-    draw_pair_modalities,
+    molecules_with_coordinates,
+    pair_modalities,
     shortest_path_labels,
 )
 from .configuration_moleblend import MoleBlendConfig
-from .rows_moleblend import RowSelection, drop_path, drop_values, gathers, masked_cross_entropy, masked_mean
+from .rows_moleblend import RowSelection, cross_entropy_sum, drop_path, drop_values, gathers, masked_mean, masked_sum
 
 # PARITY: the original, like Transformer-M, writes pi as 3.14159 in `gaussian` (tests/test_parity.py).
 GAUSSIAN_PI = 3.14159
@@ -670,6 +671,8 @@ class MoleBlendForPreTrainingOutput(ModelOutput):
             pairs of a molecule, then over molecules.
         coordinate_denoising_loss (`torch.FloatTensor` of shape `(1,)`):
             `1 - cosine` of predicted and true noise, mean over the atoms that showed their distance feature.
+        num_targets (`torch.LongTensor` of shape `(4,)`):
+            What the four losses are means over: pairs, hops, molecules and atoms of this batch that have a target.
         shortest_path_logits (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_atoms, num_shortest_path_classes)`):
             Class 0 is 1 bond; the last class is `num_shortest_path_classes` bonds or more.
         bond_path_logits (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_atoms, max_path_bonds, num_bond_classes)`):
@@ -701,6 +704,7 @@ class MoleBlendForPreTrainingOutput(ModelOutput):
     bond_path_loss: torch.Tensor | None = None
     relative_position_loss: torch.Tensor | None = None
     coordinate_denoising_loss: torch.Tensor | None = None
+    num_targets: torch.Tensor | None = None
     shortest_path_logits: torch.Tensor | None = None
     bond_path_logits: torch.Tensor | None = None
     predicted_relative_positions: torch.Tensor | None = None
@@ -743,6 +747,8 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         The one feature that an atom shows: 0 degree, 1 distance feature. Left out, it is drawn.
     coordinate_noise (`torch.FloatTensor` of shape `(batch_size, num_atoms, 3)`, *optional*):
         Noise in angstrom. Left out, it is drawn with standard deviation `config.noise_std`.
+    num_targets (`torch.Tensor` of shape `(4,)`, *optional*):
+        What the four losses are means over, where this is a part of a larger batch. Left out, what this batch has.
     generator (`torch.Generator`, *optional*):
         Source of the draws, on the device of the inputs. Left out, torch's default generator.
 """
@@ -759,31 +765,25 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         pair_modality_ids: torch.Tensor | None = None,
         atom_modality_ids: torch.Tensor | None = None,
         coordinate_noise: torch.Tensor | None = None,
+        num_targets: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendForPreTrainingOutput:
         (batch_size, num_atoms), device = atom_features.shape[:2], atom_features.device
-        gather = gathers(atom_features)
+        config, gather = self.config, gathers(atom_features)
         atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
         pair_mask = atom_mask.unsqueeze(2) & atom_mask.unsqueeze(1)
-        if coordinates is None:
-            has_coordinates = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        elif coordinates_mask is None:
-            has_coordinates = torch.ones(batch_size, dtype=torch.bool, device=device)
-        else:
-            has_coordinates = coordinates_mask.bool()
+        has_coordinates = molecules_with_coordinates(atom_features, coordinates, coordinates_mask)
 
         # Draw what is shown, and the noise.
-        config, everyone = self.config, torch.ones_like(has_coordinates)
+        available = available_modalities(has_coordinates, degree, shortest_path_distance, path_bond_types)
         if pair_modality_ids is None:
-            has_bonds = [everyone & (relation is not None) for relation in (shortest_path_distance, path_bond_types)]
-            available = torch.stack([*has_bonds, has_coordinates], dim=-1)
-            pair_modality_ids = draw_pair_modalities(
-                available, num_atoms, config.blend_probabilities, config.blend_per_molecule, generator
-            )
+            rows = batch_size if config.blend_per_molecule else 1
+            draws = draw(torch.rand, (rows, num_atoms, num_atoms), device, generator)
+            pair_modality_ids = pair_modalities(available[0], config.blend_probabilities, draws)
         if atom_modality_ids is None:
-            available = torch.stack([everyone & (degree is not None), has_coordinates], dim=-1)
-            atom_modality_ids = draw_atom_modalities(available, num_atoms, config.atom_blend_probabilities, generator)
+            draws = draw(torch.rand, (batch_size, num_atoms), device, generator)
+            atom_modality_ids = atom_modalities(available[1], config.atom_blend_probabilities, draws)
         noisy_coordinates = None
         if coordinates is not None:
             coordinates = coordinates.float().masked_fill(~has_coordinates[:, None, None], 0)
@@ -833,9 +833,6 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             bond_labels, num_unclassified_bonds = bond_path_labels(
                 path_bond_types, pair_mask, self.config.bond_vocabulary_sizes, self.config.bond_class_sizes
             )
-        shortest_path_loss = masked_cross_entropy(shortest_path_logits, path_labels, gather)
-        bond_path_loss = masked_cross_entropy(bond_path_logits, bond_labels, gather)
-
         distances = torch.linalg.vector_norm(relative_positions, dim=-1)
         has_target = pair_mask & has_coordinates[:, None, None] & (distances > 0)
         # CODEPATH: as in the head, "direction" is the paper's checkpoints and "distance" an ablation.
@@ -845,22 +842,24 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             predicted_distances = predicted_relative_positions.float().squeeze(-1)
             pair_losses = F.smooth_l1_loss(predicted_distances, distances, reduction="none")
         molecule_losses = masked_mean(pair_losses, has_target, dim=(1, 2))
-        relative_position_loss = masked_mean(molecule_losses, has_target.any(-1).any(-1))
-
         noise = torch.zeros_like(predicted_coordinate_noise) if coordinate_noise is None else coordinate_noise
         atom_losses = 1 - F.cosine_similarity(predicted_coordinate_noise.float(), noise.float(), dim=-1)
         shows_distance = atom_mask & has_coordinates.unsqueeze(1) & (atom_modality_ids == ATOM_DISTANCE)
-        coordinate_denoising_loss = masked_mean(atom_losses, shows_distance)
-
-        losses = (shortest_path_loss, bond_path_loss, relative_position_loss, coordinate_denoising_loss)
+        terms = (
+            cross_entropy_sum(shortest_path_logits, path_labels, gather),
+            cross_entropy_sum(bond_path_logits, bond_labels, gather),
+            masked_sum(molecule_losses, has_target.any(-1).any(-1)),
+            masked_sum(atom_losses, shows_distance),
+        )
+        totals, counts = (torch.stack(values) for values in zip(*terms, strict=True))
+        losses = totals / (counts if num_targets is None else num_targets).clamp(min=1)
         return MoleBlendForPreTrainingOutput(
-            loss=torch.stack(
-                [weight * loss for weight, loss in zip(self.config.loss_weights, losses, strict=True)]
-            ).sum(),
-            shortest_path_loss=shortest_path_loss,
-            bond_path_loss=bond_path_loss,
-            relative_position_loss=relative_position_loss,
-            coordinate_denoising_loss=coordinate_denoising_loss,
+            loss=(losses * losses.new_tensor(self.config.loss_weights)).sum(),
+            shortest_path_loss=losses[0],
+            bond_path_loss=losses[1],
+            relative_position_loss=losses[2],
+            coordinate_denoising_loss=losses[3],
+            num_targets=counts,
             shortest_path_logits=shortest_path_logits,
             bond_path_logits=bond_path_logits,
             predicted_relative_positions=predicted_relative_positions,
@@ -912,7 +911,8 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
             problem_type = "regression" if outputs.shape[-1] == 1 else problem_type
         outputs = outputs.float()
         if problem_type == "single_label_classification":
-            return masked_cross_entropy(outputs, labels.view(-1), gather=False)
+            total, count = cross_entropy_sum(outputs, labels.view(-1))
+            return total / count.clamp(min=1)
         labels = labels.view(outputs.shape).to(outputs.dtype)
         present = ~labels.isnan()
         labels = labels.masked_fill(~present, 0)

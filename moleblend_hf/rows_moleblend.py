@@ -64,16 +64,23 @@ def gathers(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of `values` where `mask` is true, and how many those are."""
+    return values.masked_fill(~mask, 0).sum(), mask.sum()
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
     """Mean of `values` where `mask` is true; 0 with zero gradient where nothing is."""
     return values.masked_fill(~mask, 0).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, gather: bool) -> torch.Tensor:
-    """Cross entropy of `logits (..., C)`, in fp32, averaged over the labels that are not -100; 0 where all are."""
+def cross_entropy_sum(
+    logits: torch.Tensor, labels: torch.Tensor, gather: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of `logits (..., C)`, in fp32, summed over the labels that are not -100, and how many those are."""
     rows = RowSelection(labels != IGNORED_LABEL, gather)
     losses = F.cross_entropy(rows.take(logits).float(), rows.take(labels), ignore_index=IGNORED_LABEL, reduction="sum")
-    return losses / rows.mask.sum().clamp(min=1)
+    return losses, rows.mask.sum()
 
 
 def drop_values(values: torch.Tensor, rate: float, training: bool) -> torch.Tensor:

@@ -21,7 +21,7 @@ from moleblend_hf import blending_moleblend as blending
 from moleblend_hf import modeling_moleblend as modeling
 from moleblend_hf import rows_moleblend as rows
 
-SAMPLE = Path(__file__).parents[1] / "training" / "sample" / "qm9_sample.parquet"
+SAMPLE = Path(__file__).parents[1] / "training" / "sample" / "data" / "train-00000-of-00001.parquet"
 RELATIONS = ("degree", "shortest_path_distance", "path_bond_types")
 
 

@@ -1,7 +1,6 @@
 """A preprocessed dataset -> padded batches, in an order that depends on the seed and the epoch alone."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,54 +124,6 @@ def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed:
         keys = pc.coalesce(train.data["inchikey"], keys)
     rows, held_out = split_held_out(keys, num_held_out, seed)
     return GraphRows(train, rows), GraphRows(train, held_out)
-
-
-class TrainingBatches:
-    """Row indices of one process's micro-batches, from optimizer step `first_step` on, without end.
-
-    The batch of a step is a function of the seed and the step alone: each epoch is shuffled by (seed, epoch) and cut into
-    batches, of which every process takes its share and every accumulation step its part of that. So a resumed run sees
-    what an uninterrupted one sees, and more processes see the same batches as one. The rest of an epoch that does not
-    fill a batch is left out; the next epoch is shuffled anew.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int,
-        first_step: int = 0,
-        accumulation_steps: int = 1,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        """Check that batches fill and divide evenly: uneven parts would weigh their molecules unevenly."""
-        if batch_size > num_rows:
-            raise ValueError(f"batch_size is {batch_size}, but there are only {num_rows} training molecules.")
-        if batch_size % (accumulation_steps * num_processes):
-            raise ValueError(
-                f"batch_size must be a multiple of gradient_accumulation_steps x processes "
-                f"({accumulation_steps} x {num_processes}), got {batch_size}."
-            )
-        self.num_rows, self.batch_size, self.seed, self.first_step = num_rows, batch_size, seed, first_step
-        self.accumulation_steps = accumulation_steps
-        self.first_part, self.num_parts = process_index * accumulation_steps, num_processes * accumulation_steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return self.num_rows // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, epoch = self.first_step, -1
-        while True:
-            if epoch != step // self.steps_per_epoch:
-                epoch = step // self.steps_per_epoch
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-            first_row = step % self.steps_per_epoch * self.batch_size
-            parts = order[first_row : first_row + self.batch_size].reshape(self.num_parts, -1)
-            yield from parts[self.first_part : self.first_part + self.accumulation_steps].tolist()
-            step += 1
 
 
 def draw_seed(*numbers: int) -> int:
