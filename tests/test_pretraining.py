@@ -1,13 +1,17 @@
 """training/: what the pretraining script promises, on a few molecules of the sample and a tiny model, on CPU."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +28,7 @@ from safetensors.torch import load_file
 import data
 import make_sample
 import pretrain
+import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 
 TRAINING = Path(pretrain.__file__).parent
@@ -163,7 +168,8 @@ def test_a_resumed_run_ends_in_the_same_weights_and_log_bit_for_bit(finished_run
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
     def without_rates(folder):
-        return [{k: v for k, v in row.items() if "per_second" not in k} for row in metrics(folder)]
+        measured = ("per_second", "wait", "memory")
+        return [{k: v for k, v in row.items() if not any(part in k for part in measured)} for row in metrics(folder)]
 
     assert without_rates(resumed) == without_rates(finished_run)
 
@@ -180,73 +186,32 @@ def test_resuming_with_other_settings_says_so(finished_run, dataset, tmp_path, c
     assert "max_steps 8 -> 7" in caplog.text
 
 
-def test_accumulated_parts_give_the_step_of_the_whole_batch(dataset, tmp_path):
-    """Nothing random (one relation shown, no dropout), and losses that weigh each molecule alike.
+STILL = ("hidden_dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", "drop_path_rate=0.0")
 
-    Molecules of nine atoms only, without the losses of bonds and noise: those are means over bonds and drawn atoms, of
-    which parts of a batch have unequal numbers, so that parts weigh them differently, as they do in the original.
-    A large epsilon makes AdamW's step proportional to the gradient.
-    """
-    table = pq.read_table(SAMPLE_ROWS)
-    nine_atoms = table.filter(pc.equal(pc.list_value_length(table["atom_features"]), 9))
-    folder = write_dataset(tmp_path / "nine_atoms", train=nine_atoms.slice(0, 24))
-    still = ["hidden_dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", "drop_path_rate=0.0"]
-    fixed = [
-        "blend_probabilities=[1.0,0.0,0.0]",
-        "atom_blend_probabilities=[1.0,0.0]",
-        "loss_weights=[1.0,0.0,1.0,0.0]",
-    ]
-    flags = ["--adam_epsilon", "1.0", "--learning_rate", "1.0", "--warmup_steps", "0"]
-    results = [
-        load_file(
-            run(
-                folder,
-                tmp_path / f"accumulated_{parts}",
-                *flags,
-                "--gradient_accumulation_steps",
-                str(parts),
-                model=(*still, *fixed),
-            )
-            / "model.safetensors"
+
+def test_many_small_parts_train_as_one_large_one(dataset, tmp_path):
+    """All four losses, molecules of different sizes. A large epsilon makes AdamW's step proportional to the gradient."""
+    flags = ["--adam_epsilon", "1.0", "--learning_rate", "1.0", "--warmup_steps", "0", "--max_steps", "6"]
+    one, many, original = (
+        run(dataset, tmp_path / name, *flags, *extra, model=STILL)
+        for name, extra in (
+            ("one", []),
+            ("many", ["--max_tokens", "24", "--max_pairs", "250"]),
+            ("original", ["--max_tokens", "24", "--max_pairs", "250", "--loss_mean", "part"]),
         )
-        for parts in (1, 4)
-    ]
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-6)
+    )
+    weights = [load_file(folder / "model.safetensors") for folder in (one, many, original)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)
+    # The means over parts are other losses: close, and not the same.
+    difference = max((weights[0][name] - weights[2][name]).abs().max() for name in weights[0])
+    assert 1e-4 < difference < 0.1
+    assert metrics(one)[-1]["held_out/bond_path_loss"] == pytest.approx(metrics(many)[-1]["held_out/bond_path_loss"])
 
 
 def test_evaluation_draws_the_same_each_time(finished_run, dataset, tmp_path):
     """The first evaluation of another run with the same seed is the same to the last digit."""
     again = run(dataset, tmp_path)
     assert metrics(again)[0] == metrics(finished_run)[0]
-
-
-def test_batches_are_a_function_of_seed_and_step_alone():
-    def take(count, **options):
-        batches = iter(data.TrainingBatches(num_rows=21, batch_size=8, seed=3, **options))
-        return [next(batches) for _ in range(count)]
-
-    whole = take(6)
-    assert whole == take(6)
-    assert all(len(set(first + second)) == 16 for first, second in zip(whole[::2], whole[1::2], strict=True))
-    assert whole[:2] != whole[2:4]  # the second epoch is shuffled anew
-    assert take(3, first_step=3) == whole[3:]
-    parts = [take(4, accumulation_steps=2, num_processes=2, process_index=rank) for rank in (0, 1)]
-    rejoined = [
-        parts[0][2 * step] + parts[0][2 * step + 1] + parts[1][2 * step] + parts[1][2 * step + 1] for step in (0, 1)
-    ]
-    assert rejoined == whole[:2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 22}, "batch_size is 22, but there are only 21 training molecules"),
-        ({"batch_size": 8, "accumulation_steps": 3}, r"multiple of gradient_accumulation_steps x processes \(3 x 1\)"),
-    ],
-)
-def test_batches_that_cannot_be_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        data.TrainingBatches(num_rows=21, seed=0, **options)
 
 
 def test_no_molecule_is_on_both_sides_of_the_split():
@@ -365,14 +330,18 @@ def test_a_dataset_of_other_graphs_than_the_processors_is_refused(dataset, tmp_p
     assert run(dataset, tmp_path / "fitting", "--processor", "hydrogens=drop").is_dir()
 
 
-def test_a_batch_of_rows_is_what_the_processor_makes_of_the_molecules(dataset):
+def test_the_parts_of_a_step_are_what_the_processor_makes_of_the_molecules(dataset):
     rows = data.GraphRows(data.open_dataset(dataset).splits["train"], np.arange(40, 0, -1))
     processor = data.open_dataset(dataset).processor()
-    batch = data.collate(rows.__getitems__([3, 30, 3, 7]), processor)
-    table = pq.read_table(dataset / "data").take([37, 10, 37, 33])
-    expected = processor(table["smiles"].to_pylist(), coordinates=table["coordinates"].to_pylist())
-    assert batch.keys() == expected.keys()
-    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    table = pq.read_table(dataset / "data")
+    parts = data.collate(rows.__getitems__([[3, 30, 3, 7], [0]]), processor)
+    for part, numbers in zip(parts, ([37, 10, 37, 33], [40]), strict=True):
+        assert part.pop("rows").tolist() == numbers
+        picked = table.take(numbers)
+        expected = processor(picked["smiles"].to_pylist(), coordinates=picked["coordinates"].to_pylist())
+        assert part.keys() == expected.keys()
+        assert all(torch.equal(part[name], expected[name]) for name in part)
+    assert rows.sizes().tolist() == pc.list_value_length(table["atom_features"]).to_numpy()[40:0:-1].tolist()
 
 
 def test_worker_processes_change_nothing(finished_run, dataset, tmp_path):
@@ -391,31 +360,172 @@ def test_checkpoints_of_another_run_are_neither_overwritten_nor_mistaken(finishe
         run(dataset, finished_run, "--resume", str(finished_run / "checkpoints" / "step-99"))
 
 
-def test_two_processes_train_as_one_and_see_the_same_held_out_molecules(finished_run, dataset, tmp_path):
-    """Two gloo ranks; the checkpoint holds the random state of each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = [
-        "--dataset",
-        str(dataset),
-        "--output_dir",
-        str(tmp_path),
-        *SHORT,
-        "--eval_batch_size",
-        "4",
-        "--model",
-        *TINY,
-    ]
-    environment = os.environ | {"PYTHONPATH": str(TRAINING.parent)}
-    result = subprocess.run(
-        [*command, str(TRAINING / "pretrain.py"), *flags], env=environment, capture_output=True, text=True, timeout=300
+def launched(
+    dataset: Path, output_dir: Path, *flags: str, command: tuple[str, ...] = (), **options
+) -> subprocess.Popen:
+    """The script in a process of its own, or in several by another `command`."""
+    environment = os.environ | {"PYTHONPATH": str(TRAINING.parent), "ACCELERATE_USE_CPU": "true"}
+    arguments = ["--dataset", str(dataset), "--output_dir", str(output_dir), *SHORT, *flags]
+    return subprocess.Popen(
+        [*(command or (sys.executable,)), str(TRAINING / "pretrain.py"), *arguments, "--model", *TINY, *STILL],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 process(es)" in result.stdout
-    assert {path.name for path in (tmp_path / "checkpoints" / "step-2").glob("random_states_*")} == {
-        "random_states_0.pkl",
-        "random_states_1.pkl",
-    }
-    one = metrics(run(dataset, tmp_path / "one", "--eval_batch_size", "4"))
-    two = metrics(tmp_path)
-    assert two[0].keys() == one[0].keys()
-    assert all(abs(two[0][name] - value) < 1e-6 for name, value in one[0].items())
+
+
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_two_processes_train_as_one(dataset, tmp_path):
+    """Two gloo ranks see the same batches with the same draws: the same losses within 1e-5 over 50 steps.
+
+    AdamW makes of a difference by rounding in a gradient near 0 one of its step: a tenth of the sample's rate.
+    """
+    flags = ["--max_steps", "50", "--logging_steps", "1", "--warmup_steps", "5", "--max_tokens", "24"]
+    flags += ["--learning_rate", "1e-4"]
+    process = launched(dataset, tmp_path / "two", *flags, command=TWO_RANKS)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert "2 process(es)" in output
+    names = {path.name for path in (tmp_path / "two" / "checkpoints" / "step-50").glob("random_states_*")}
+    assert names == {"random_states_0.pkl", "random_states_1.pkl"}
+    one = metrics(run(dataset, tmp_path / "one", *flags, model=STILL))
+    two = metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        losses = [name for name in first if name.endswith("_loss")]
+        assert first.keys() == second.keys()
+        assert all(abs(first[name] - second[name]) < 1e-5 for name in losses), (first, second)
+
+
+# What happens on the way
+
+
+def test_sigterm_saves_and_the_resumed_run_ends_as_if_it_had_not_come(dataset, tmp_path):
+    flags = ["--max_steps", "400", "--checkpointing_steps", "400", "--eval_steps", "400", "--logging_steps", "1"]
+    process = launched(dataset, tmp_path / "stopped", *flags)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.is_file() or log.read_text().count("train/") < 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert re.search(r"Stopped at step \d+: it was told to stop. Continue with --resume auto", output)
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").glob("step-*")
+    assert checkpoint.name != "step-400"
+    resumed = run(dataset, tmp_path / "stopped", *flags, "--resume", "auto", model=STILL)
+    whole = run(dataset, tmp_path / "whole", *flags, model=STILL)
+    expected, got = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_after_max_hours_the_run_saves_and_stops(dataset, tmp_path, capsys):
+    run(dataset, tmp_path, "--max_steps", "1000", "--max_hours", "1e-9")
+    assert "Stopped at step 1: its hours are up" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished_run, tmp_path, caplog):
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(finished_run / "checkpoints", checkpoints)
+    weights = checkpoints / "step-8" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    (checkpoints / "step-6" / "optimizer.bin").unlink()
+    assert run_state.find_checkpoint("auto", checkpoints) == checkpoints / "step-3"
+    assert "step-8 is damaged and is not resumed from: model.safetensors is not as it was written" in caplog.text
+    assert "step-6 is damaged and is not resumed from: optimizer.bin is missing" in caplog.text
+    with pytest.raises(ValueError, match=r"damaged: model.safetensors .* Resume from an older one, or with auto"):
+        run_state.find_checkpoint(str(checkpoints / "step-8"), checkpoints)
+
+
+def test_only_the_newest_checkpoints_are_kept(dataset, tmp_path):
+    run(dataset, tmp_path, "--max_steps", "5", "--checkpointing_steps", "1", "--checkpoints_to_keep", "2")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-4", "step-5"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_good(dataset, tmp_path, monkeypatch):
+    save = accelerate.Accelerator.save_state
+
+    def full_at_the_second(self, folder, *arguments, **options):
+        if "step-2" in str(folder):
+            Path(folder).mkdir()
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, folder, *arguments, **options)
+
+    monkeypatch.setattr(accelerate.Accelerator, "save_state", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        run(dataset, tmp_path, "--max_steps", "3", "--checkpointing_steps", "1")
+    checkpoints = tmp_path / "checkpoints"
+    assert run_state.find_checkpoint("auto", checkpoints) == checkpoints / "step-1"
+    monkeypatch.undo()
+    run(dataset, tmp_path, "--max_steps", "3", "--checkpointing_steps", "1", "--resume", "auto")
+    assert run_state.find_checkpoint("auto", checkpoints) == checkpoints / "step-3"
+
+
+def test_a_step_whose_gradient_is_not_finite_is_left_out(dataset, tmp_path, monkeypatch):
+    """The weights are as before it, the log says so, and the run goes on."""
+    clip, seen, before = accelerate.Accelerator.clip_grad_norm_, [], []
+
+    def spoil_the_third(self, parameters, *arguments):
+        parameters = list(parameters)
+        seen.append([parameter.detach().clone() for parameter in parameters])
+        if len(seen) == 3:
+            parameters[0].grad.fill_(float("nan"))
+        return clip(self, parameters, *arguments)
+
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", spoil_the_third)
+    folder = run(dataset, tmp_path, "--max_steps", "5", "--logging_steps", "2", "--warmup_steps", "0")
+    before = [all(map(torch.equal, seen[step], seen[step + 1])) for step in range(4)]
+    assert before == [False, False, True, False]  # the step from the third to the fourth was left out
+    assert [row["step"] for row in metrics(folder) if "train/left_out" in row] == [3]
+    assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(dataset, tmp_path, monkeypatch):
+    def spoil(self, parameters, *arguments):
+        return torch.tensor(float("inf"))
+
+    monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", spoil)
+    with pytest.raises(FloatingPointError, match=r"gradients of 4 steps in a row, up to step 4, were not finite"):
+        run(dataset, tmp_path, "--max_steps", "50", "--logging_steps", "2", "--max_left_out_steps", "4")
+
+
+def test_a_molecule_over_the_budget_is_an_error_or_left_out_and_counted(dataset, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"exceed the budget .* largest has \d+ atoms. Raise max_tokens to 11 .* skip"
+    ):
+        run(dataset, tmp_path / "error", "--max_tokens", "10")
+    folder = run(dataset, tmp_path / "skip", "--max_tokens", "10", "--oversized", "skip")
+    facts = json.loads((folder / "training_settings.json").read_text())
+    assert facts["num_oversized"] > 0
+    assert facts["num_training"] + facts["num_held_out"] + facts["num_oversized"] == 48
+
+
+def test_a_moving_average_of_the_weights_is_evaluated_saved_and_resumed(dataset, tmp_path):
+    flags = ["--ema_decay", "0.5", "--checkpointing_steps", "2", "--max_steps", "4"]
+    whole = run(dataset, tmp_path / "whole", *flags, model=STILL)
+    plain = run(dataset, tmp_path / "plain", "--max_steps", "4", model=STILL)
+    average, last = (load_file(folder / "model.safetensors") for folder in (whole, plain))
+    assert not torch.equal(average["moleblend.graph_token"], last["moleblend.graph_token"])
+    shutil.copytree(whole / "checkpoints" / "step-2", tmp_path / "resumed" / "checkpoints" / "step-2")
+    resumed = load_file(
+        run(dataset, tmp_path / "resumed", *flags, "--resume", "auto", model=STILL) / "model.safetensors"
+    )
+    assert all(torch.equal(average[name], resumed[name]) for name in average)
+
+
+def test_what_the_log_says_of_each_window(finished_run):
+    rows = [row for row in metrics(finished_run) if "train/molecules_per_second" in row]
+    assert len(rows) == 8
+    for row in rows:
+        assert 0 <= row["train/data_wait_share"] < 1
+        assert 0 <= row["train/padded_tokens_share"] <= row["train/padded_pairs_share"] < 0.6
+        assert row["train/peak_memory_mib"] > 100

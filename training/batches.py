@@ -8,8 +8,18 @@ the number of processes changes what is learned.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+
+class Sized(Protocol):
+    """Rows of a dataset whose sizes are known."""
+
+    indices: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """Atoms of each."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,10 @@ class Budget:
         return max(1, min(self.max_tokens // tokens, self.max_pairs // tokens**2))
 
 
-def cut(sizes: np.ndarray, budget: Budget, min_parts: int = 1) -> list[np.ndarray]:
+def cut(sizes: np.ndarray, budget: Budget, multiple_of: int = 1) -> list[np.ndarray]:
     """Positions in `sizes` (n,), cut into parts of like size that fit the budget, the largest molecules first.
 
-    At least `min_parts` if there are as many molecules: the costliest part is halved until there are.
+    Their number is a multiple of `multiple_of`: the costliest part is halved until it is.
     """
     order = np.argsort(-sizes, kind="stable")
     parts, start = [], 0
@@ -40,7 +50,9 @@ def cut(sizes: np.ndarray, budget: Budget, min_parts: int = 1) -> list[np.ndarra
         stop = start + budget.molecules(int(sizes[order[start]]))
         parts.append(order[start:stop])
         start = stop
-    while len(parts) < min(min_parts, len(sizes)):
+    while len(parts) % multiple_of:
+        if len(parts) == len(sizes):
+            raise ValueError(f"{len(sizes):,} molecules cannot be shared by {multiple_of} processes. Take a multiple.")
         index = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1) * cost(sizes[parts[i]]))
         half = -(-len(parts[index]) // 2)
         parts[index : index + 1] = [parts[index][:half], parts[index][half:]]
@@ -54,14 +66,26 @@ def cost(sizes: np.ndarray) -> float:
 
 
 def shared(parts: Sequence[np.ndarray], sizes: np.ndarray, num_processes: int) -> list[list[np.ndarray]]:
-    """The parts of each process, of about the same cost: the costliest part first, to whom has least."""
-    shares: list[list[np.ndarray]] = [[] for _ in range(num_processes)]
-    loads = np.zeros(num_processes)
-    for part in sorted(parts, key=lambda part: -cost(sizes[part])):
-        process = int(loads.argmin())
-        shares[process].append(part)
-        loads[process] += cost(sizes[part])
-    return shares
+    """The parts of each process: as many for each, dealt by their cost to and fro, so that all take about as long."""
+    by_cost = sorted(parts, key=lambda part: -cost(sizes[part]))
+    rounds = [by_cost[start : start + num_processes] for start in range(0, len(by_cost), num_processes)]
+    dealt = [hand if index % 2 == 0 else hand[::-1] for index, hand in enumerate(rounds)]
+    return [list(share) for share in zip(*dealt, strict=True)]
+
+
+def fitting(rows: "Sized", budget: Budget, oversized: str) -> int:
+    """Leave out of `rows` the molecules that exceed the budget alone, and return how many; or raise."""
+    sizes = rows.sizes()
+    too_large = sizes > budget.largest()
+    if too_large.any() and oversized == "error":
+        largest = int(sizes.max())
+        raise ValueError(
+            f"{int(too_large.sum()):,} molecules exceed the budget of one forward; the largest has {largest} atoms. Raise "
+            f"max_tokens to {largest + 1:,} and max_pairs to {(largest + 1) ** 2:,} or more, or leave them out with "
+            "--oversized skip."
+        )
+    rows.indices = rows.indices[~too_large]
+    return int(too_large.sum())
 
 
 class StepBatches:
@@ -81,12 +105,11 @@ class StepBatches:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        """Check that there is a batch, and that each process gets a molecule of it."""
-        if not num_processes <= batch_size <= len(sizes):
-            raise ValueError(
-                f"batch_size must lie between the number of processes ({num_processes}) and that of training molecules "
-                f"({len(sizes):,}), got {batch_size:,}."
-            )
+        """Check that there is a batch, and that the processes can share it."""
+        if not 0 < batch_size <= len(sizes):
+            raise ValueError(f"batch_size is {batch_size:,}, but there are {len(sizes):,} training molecules.")
+        if batch_size % num_processes:
+            raise ValueError(f"batch_size must be a multiple of the processes ({num_processes}), got {batch_size}.")
         self.sizes, self.batch_size, self.budget, self.seed, self.first_step = (
             sizes,
             batch_size,
@@ -121,11 +144,3 @@ class StepBatches:
             parts = cut(sizes, self.budget, self.num_processes)
             yield [rows[part].tolist() for part in shared(parts, sizes, self.num_processes)[self.process_index]]
             step += 1
-
-
-def padding_share(parts: Sequence[np.ndarray], sizes: np.ndarray) -> tuple[float, float]:
-    """Which shares of the tokens and of the pairs of these parts are padding."""
-    tokens = sum(len(part) * (int(sizes[part].max()) + 1) for part in parts)
-    pairs = sum(len(part) * (int(sizes[part].max()) + 1) ** 2 for part in parts)
-    real = [sizes[part] + 1 for part in parts]
-    return 1 - sum(int(r.sum()) for r in real) / tokens, 1 - sum(int((r**2).sum()) for r in real) / pairs

@@ -1,4 +1,4 @@
-"""A preprocessed dataset -> padded batches, in an order that depends on the seed and the epoch alone."""
+"""A preprocessed dataset -> padded batches."""
 
 import json
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from huggingface_hub import snapshot_download
 from torch.utils.data import Dataset
-from transformers import BatchFeature
 
 from moleblend_hf import MoleBlendProcessor
 from rows import FORMAT_VERSION, GRAPH_COLUMNS, flat_graphs
@@ -76,8 +76,8 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
 _REMEDY = "Make one with training/preprocess.py; training/sample is an example."
 
 
-class GraphRows(Dataset[pa.Table]):
-    """Some rows of a split as a map-style dataset that reads a whole batch at once."""
+class GraphRows(Dataset[list[tuple[pa.Table, np.ndarray]]]):
+    """Some rows of a split as a map-style dataset, whose item is a step: a list of parts."""
 
     def __init__(self, rows: datasets.Dataset, indices: np.ndarray) -> None:
         """`indices` are those of the rows, in the order in which they are numbered here."""
@@ -86,14 +86,21 @@ class GraphRows(Dataset[pa.Table]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, positions: list[int]) -> pa.Table:
-        """The rows at these positions, as one table."""
-        return self.rows[self.indices[positions]]
+    def sizes(self) -> np.ndarray:
+        """Atoms of each molecule, (n,) int32; the molecules themselves are not read."""
+        return pc.list_value_length(self.rows.data["atom_features"]).to_numpy()[self.indices]
+
+    def __getitems__(self, parts: list[list[int]]) -> list[tuple[pa.Table, np.ndarray]]:
+        """The rows at the positions of each part as a table, and their numbers in the split."""
+        numbers = [self.indices[part] for part in parts]
+        table = self.rows[np.concatenate(numbers)].combine_chunks()
+        starts = np.cumsum([0, *map(len, numbers)]).tolist()
+        return [(table.slice(start, len(part)), part) for start, part in zip(starts, numbers, strict=False)]
 
 
-def collate(table: pa.Table, processor: MoleBlendProcessor) -> BatchFeature:
-    """Rows as the padded batch that the processor makes of such molecules."""
-    return processor.pad(flat_graphs(table), return_tensors="pt")
+def collate(parts: list[tuple[pa.Table, np.ndarray]], processor: MoleBlendProcessor) -> list[dict[str, torch.Tensor]]:
+    """The parts of a step as padded batches, each with the `rows` of the split that it holds."""
+    return [{**processor.pad(flat_graphs(table)), "rows": torch.from_numpy(rows)} for table, rows in parts]
 
 
 def split_held_out(keys: pa.ChunkedArray, num_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,8 +131,3 @@ def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed:
         keys = pc.coalesce(train.data["inchikey"], keys)
     rows, held_out = split_held_out(keys, num_held_out, seed)
     return GraphRows(train, rows), GraphRows(train, held_out)
-
-
-def draw_seed(*numbers: int) -> int:
-    """A well-mixed seed for `torch.Generator` from several small numbers (run seed, step, part of the batch)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

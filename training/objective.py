@@ -26,7 +26,16 @@ from moleblend_hf.blending_moleblend import (
 
 ATOMS_AT_MOST = 1 << 12  # numbers of atoms go into a counter of that base, whatever a batch is padded to
 PAIRS, ATOMS, NOISE = 1, 2, 3  # what is drawn; each has numbers of its own
-_GOLDEN, _MIX_1, _MIX_2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+HELD_OUT_EPOCH = 1 << 62  # whose draws no epoch of training has
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same bits as a number of 64 bits."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
+MIXERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def molecule_seeds(seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -43,14 +52,14 @@ def uniform(seeds: torch.Tensor, kind: int, counters: torch.Tensor) -> torch.Ten
     Returns:
         float32 of shape (B, ...), the same on every device.
     """
-    start = _mix(seeds + kind * _GOLDEN)
-    state = start.view(-1, *[1] * counters.dim()) + (counters + 1) * _GOLDEN
+    start = _mix(seeds + _signed(kind * GOLDEN_RATIO))
+    state = start.view(-1, *[1] * counters.dim()) + (counters + 1) * _signed(GOLDEN_RATIO)
     return _shifted(_mix(state), 40).float() * 2.0**-24
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
-    state = (state ^ _shifted(state, 30)) * _MIX_1
-    state = (state ^ _shifted(state, 27)) * _MIX_2
+    state = (state ^ _shifted(state, 30)) * MIXERS[0]
+    state = (state ^ _shifted(state, 27)) * MIXERS[1]
     return state ^ _shifted(state, 31)
 
 

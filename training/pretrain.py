@@ -20,34 +20,30 @@ import shlex
 import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from data import TrainingBatches, collate, draw_seed, open_dataset, training_and_held_out
+from batches import Budget, StepBatches, cut, fitting, shared
+from data import collate, open_dataset, training_and_held_out
+from evaluation import LOSSES, evaluate, held_out_results
+from guards import FiniteSteps, StopRequest
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
-from moleblend_hf.blending_moleblend import ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
-from reporting import MetricsLog, environment, plot_losses, read_metrics, write_card
+from objective import count_targets, drawn, molecule_seeds
+from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, write_card
 from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
 
 HERE = Path(__file__).parent
-LOSSES = {
-    "shortest_path_loss": "shortest path",
-    "bond_path_loss": "bond path",
-    "relative_position_loss": "relative position",
-    "coordinate_denoising_loss": "denoising",
-}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,18 +57,28 @@ class PretrainingSettings:
     logging_steps: int = setting("run", "optimizer steps between lines of training losses", 10)
     eval_steps: int = setting("run", "optimizer steps between evaluations on the held-out molecules", 1000)
     checkpointing_steps: int = setting("run", "optimizer steps between checkpoints", 1000)
+    checkpoints_to_keep: int = setting("run", "newest checkpoints that are kept; 0: all", 3)
+    max_hours: float | None = setting(
+        "run", "save and stop after so many hours, to be continued with --resume auto", None
+    )
     num_workers: int = setting("run", "processes that read and pad batches; 0: the one that trains", 0)
+    trackers: list[str] = setting(
+        "run", "of Accelerate, beside metrics.jsonl: tensorboard, wandb ...", ["tensorboard"]
+    )
 
     dataset: str | None = setting(
         "data", "folder that preprocess.py wrote, or its name on the Hub", os.path.relpath(HERE / "sample")
     )
     held_out_molecules: int = setting("data", "molecules to evaluate on, of the validation split if there is one", 200)
-    eval_batch_size: int = setting("data", "held-out molecules in a batch; their draws depend on it", 64)
     split_seed: int = setting("data", "seed of the choice of held-out molecules", 0)
-
     processor: dict[str, Any] = setting(
         "data", "settings of MoleBlendProcessor that the dataset must have been made with, e.g. hydrogens=drop", {}
     )
+    max_tokens: int = setting("data", "padded tokens (atoms + 1) of the molecules in one forward", 16_384)
+    max_pairs: int = setting("data", "padded pairs of tokens in one forward: what memory grows with", 400_000)
+    oversized: str = setting(
+        "data", "a molecule that alone exceeds these: an error, or left out and counted", "error", choices=("error", "skip")
+    )  # fmt: skip
 
     model: dict[str, Any] = setting("model", "fields of MoleBlendConfig, e.g. --model hidden_size=256", {})
 
@@ -80,7 +86,6 @@ class PretrainingSettings:
     batch_size: int = setting("optimization", "molecules an optimizer step, over all processes")
     learning_rate: float = setting("optimization", "peak learning rate")
     warmup_steps: int = setting("optimization", "optimizer steps from 0 to the peak; then cosine to 0 at MAX_STEPS")
-    gradient_accumulation_steps: int = setting("optimization", "parts a process cuts its share of a batch into", 1)
     adam_beta1: float = setting("optimization", "decay of AdamW's mean of gradients", 0.9)
     adam_beta2: float = setting("optimization", "decay of AdamW's mean of squared gradients", 0.999)
     adam_epsilon: float = setting("optimization", "AdamW's epsilon", 1e-8)
@@ -89,13 +94,22 @@ class PretrainingSettings:
     mixed_precision: str | None = setting(
         "optimization", "arithmetic; left out, what accelerate launch says", None, choices=("no", "fp16", "bf16")
     )
+    loss_mean: str = setting(
+        "optimization", "step: over all pairs, hops, molecules, atoms of a step; part: of each forward, as the original's "
+        "processes do, which weighs molecules in small parts more", "step", choices=("step", "part"),
+    )  # fmt: skip
+    ema_decay: float | None = setting("optimization", "evaluate and save a moving average of the weights", None)
+    max_left_out_steps: int = setting(
+        "optimization", "steps in a row with a gradient that is not finite, then abort", 20
+    )
+    compile: bool = setting("optimization", "torch.compile the model, for shapes of any size", False)
     seed: int = setting("optimization", "seed of weights, batch order, draws and dropout", 0)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read or built."""
         if self.dataset is None:
             raise ValueError("This recipe names no dataset. Give a folder that preprocess.py wrote with --dataset.")
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_batch_size"):
+        for name in ("max_steps", "batch_size", "max_left_out_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
@@ -118,88 +132,16 @@ def parse_args(argv: list[str] | None = None) -> PretrainingSettings:
     return load_settings(PretrainingSettings, __doc__, HERE / "configs" / "sample.yaml", argv)
 
 
-def summed_over_processes(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sum of each entry over the processes that have it."""
-    sums: dict[str, np.ndarray] = {}
-    for name, value in gather_object(list(values.items())):
-        sums[name] = sums[name] + value if name in sums else value
-    return sums
-
-
-@torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], seed: int
-) -> dict[str, float]:
-    """Each loss, the share of relations recovered and that of the most frequent class; the same draws at every call.
-
-    A mean over batches would weigh a pair in a small batch more than one in a large batch: each loss is weighted by the
-    number of pairs, bonds, molecules or atoms that it is a mean over.
-    """
-    model.eval()
-    generator = torch.Generator(device=accelerator.device)
-    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))  # sum, and of how many
-    frequencies: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))  # of each class
-
-    def add(name: str, total: torch.Tensor, count: torch.Tensor) -> None:
-        totals[name] += (float(total), float(count))
-
-    for index in range(accelerator.process_index, len(batches), accelerator.num_processes):
-        batch = {name: values.to(accelerator.device) for name, values in batches[index].items()}
-        outputs = model(**batch, generator=generator.manual_seed(draw_seed(seed, index)))
-        atoms = batch["attention_mask"].bool()
-        has_geometry = batch.get("coordinates_mask", torch.zeros_like(atoms[:, 0]))
-        noisy = atoms & has_geometry[:, None] & (outputs.atom_modality_ids == ATOM_DISTANCE)
-        add("coordinate_denoising_loss", outputs.coordinate_denoising_loss * noisy.sum(), noisy.sum())
-        with_pairs = (has_geometry & (atoms.sum(-1) > 1)).sum()
-        add("relative_position_loss", outputs.relative_position_loss * with_pairs, with_pairs)
-        for relation, modality in (("shortest_path", PAIR_SHORTEST_PATH), ("bond_path", PAIR_BOND_PATH)):
-            # A pair has one label for its shortest path and one for each bond along it: (B, N, N, 1 or P).
-            shown = (outputs.pair_modality_ids == modality).unsqueeze(-1)
-            labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:-1], -1)
-            logits = outputs[f"{relation}_logits"].reshape(*labels.shape, -1)
-            known = labels != IGNORED_LABEL
-            right = logits.argmax(-1) == labels
-            add(f"{relation}_loss", outputs[f"{relation}_loss"] * known.sum(), known.sum())
-            add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
-            add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
-            frequency = torch.bincount(labels[known], minlength=logits.shape[-1]).cpu().numpy()
-            frequencies[relation] = frequencies[relation] + frequency
-
-    model.train()
-    metrics = {name: total / count for name, (total, count) in summed_over_processes(totals).items() if count}
-    for relation, frequency in summed_over_processes(frequencies).items():
-        if frequency.any():
-            metrics[f"{relation}_most_frequent"] = frequency.max() / frequency.sum()
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """First and last evaluation among the lines of metrics.jsonl, as the card's table needs them."""
-    evaluations = [row for row in rows if any(name.startswith("held_out/") for name in row)]
-    first, last = evaluations[0], evaluations[-1]
-    titles = {name: f"{title}: loss" for name, title in LOSSES.items()}
-    for relation in ("shortest_path", "bond_path"):
-        title = LOSSES[f"{relation}_loss"]
-        titles[f"{relation}_recovered_shown"] = f"{title}: recovered where shown"
-        titles[f"{relation}_recovered_hidden"] = f"{title}: recovered where hidden"
-        titles[f"{relation}_most_frequent"] = f"{title}: share of the most frequent class"
-    measured = {f"held_out/{name}": title for name, title in titles.items() if f"held_out/{name}" in last}
-    return {
-        "first_step": first["step"],
-        "last_step": last["step"],
-        "table": [(title, first[name], last[name]) for name, title in measured.items()],
-    }
-
-
 def write_folder(
     output_dir: Path,
     model: MoleBlendForPreTraining,
+    weights: dict[str, torch.Tensor] | None,
     processor: MoleBlendProcessor,
     rows: list[dict[str, float]],
     facts: dict[str, Any],
 ) -> None:
     """Write what the Hub takes: model, code and processor, the card and its picture, settings and versions."""
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, state_dict=weights)
     processor.save_pretrained(output_dir)
     plot_losses(rows, LOSSES, output_dir / "losses.png")
     (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -227,11 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     # split_batches: batch_size is that of all processes together, so the schedule advances once an optimizer step.
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with="tensorboard",
-        project_dir=output_dir,
+        log_with=settings.trackers,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
+    device, num_processes = accelerator.device, accelerator.num_processes
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if accelerator.is_main_process:
         if checkpoint is None:
@@ -239,29 +182,40 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(old, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
 
-    # Data: memory-mapped rows; the held-out batches are padded once.
+    # Data: memory-mapped rows; the held-out molecules are padded once.
     with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
         dataset = open_dataset(str(settings.dataset))
     config = MoleBlendConfig(**settings.model)
     processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
     dataset.check(processor)
+    budget = Budget(settings.max_tokens, settings.max_pairs)
     training_rows, held_out_rows = training_and_held_out(dataset, settings.held_out_molecules, settings.split_seed)
+    num_left_out = sum(fitting(rows, budget, settings.oversized) for rows in (training_rows, held_out_rows))
     padded = partial(collate, processor=processor)
-    parts = np.array_split(
-        np.arange(len(held_out_rows)), range(settings.eval_batch_size, len(held_out_rows), settings.eval_batch_size)
-    )
-    held_out_batches = [padded(held_out_rows.__getitems__(part.tolist())) for part in parts]
+    sizes = held_out_rows.sizes()
+    held_out_parts = shared(cut(sizes, budget, num_processes), sizes, num_processes)[accelerator.process_index]
+    held_out = padded(held_out_rows.__getitems__([part.tolist() for part in held_out_parts]))
 
     # Model, optimizer, schedule. The same weights on every process, then its own dropout on each.
     set_seed(settings.seed)
     model = MoleBlendForPreTraining(config)
     set_seed(settings.seed, device_specific=True)
+    if settings.compile:
+        model.compile(dynamic=True)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    average = None
+    if settings.ema_decay is not None:
+        if is_sharded:
+            raise ValueError("ema_decay needs whole weights on each process. Leave it out with FSDP and DeepSpeed.")
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).to(device)
+        accelerator.register_for_checkpointing(average)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
@@ -271,14 +225,14 @@ def main(argv: list[str] | None = None) -> None:
         step = load_checkpoint(accelerator, checkpoint, settings.that_shape_the_result())
         if step > settings.max_steps:
             raise ValueError(f"{checkpoint} is at step {step}, beyond max_steps ({settings.max_steps}).")
-    batches = TrainingBatches(
-        len(training_rows),
+    batches = StepBatches(
+        training_rows.sizes(),
         settings.batch_size,
+        budget,
         settings.seed,
         first_step=step,
-        accumulation_steps=settings.gradient_accumulation_steps,
         process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        num_processes=num_processes,
     )
     # A generator of its own: DataLoader draws a number when it starts, which must not move the state just restored.
     loader: DataLoader[Any] = DataLoader(
@@ -286,101 +240,133 @@ def main(argv: list[str] | None = None) -> None:
         batch_sampler=batches,
         collate_fn=padded,
         num_workers=settings.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
-    generator = torch.Generator(device=accelerator.device)
 
     arguments = sys.argv[1:] if argv is None else argv
     facts: dict[str, Any] = {
         "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *arguments]),
         "settings": dataclasses.asdict(settings),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": num_parameters,
         "num_training": len(training_rows),
         "num_held_out": len(held_out_rows),
+        "num_oversized": num_left_out,
         "num_with_coordinates": dataset.about["num_with_coordinates"],
-        "num_processes": accelerator.num_processes,
+        "num_processes": num_processes,
         "first_step": step,
-        "environment": environment(accelerator.device),
+        "environment": environment(device),
     }
     accelerator.print(
         f"{settings.description or 'Pretraining'}\n"
-        f"  model    {facts['num_parameters']:,} parameters on {accelerator.device.type}, {accelerator.num_processes} process(es)\n"
-        f"  data     {facts['num_training']:,} molecules to train on, {facts['num_held_out']:,} held out; "
-        f"{facts['num_with_coordinates']:,} of all have a geometry\n"
+        f"  model    {num_parameters:,} parameters on {device.type}, {num_processes} process(es)\n"
+        f"  data     {facts['num_training']:,} molecules to train on, {facts['num_held_out']:,} held out, "
+        f"{num_left_out:,} too large; {facts['num_with_coordinates']:,} of all have a geometry\n"
         f"  steps    {step:,} to {settings.max_steps:,} of {settings.batch_size:,} molecules "
         f"({batches.steps_per_epoch:,} steps an epoch)\n"
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
     # A resumed run drops from its logs what was measured after the checkpoint.
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    accelerator.init_trackers("moleblend", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", step)
+    stop, finite = (
+        StopRequest(accelerator, settings.max_hours),
+        FiniteSteps(getattr(optimizer, "optimizer", optimizer), device, settings.max_left_out_steps),
+    )
+    progress = tqdm(
+        total=settings.max_steps, initial=step, unit="step", mininterval=1.0, disable=not accelerator.is_main_process
+    )
 
     def evaluate_and_record() -> None:
-        metrics = evaluate(accelerator, model, held_out_batches, settings.seed)
+        metrics = evaluate(accelerator, average or model, config, held_out, settings.seed)
         log.write(step, {f"held_out/{name}": value for name, value in metrics.items()})
         if accelerator.is_main_process:
             titled = ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
             progress.write(f"step {step:>6,} held out: {titled}")
 
+    def checkpoint_now() -> None:
+        save_checkpoint(
+            accelerator, checkpoints, step, settings.that_shape_the_result(), settings.checkpoints_to_keep or None
+        )
+
     started = time.perf_counter()
-    progress = tqdm(
-        total=settings.max_steps, initial=step, unit="step", mininterval=1.0, disable=not accelerator.is_main_process
-    )
     if checkpoint is None or step == settings.max_steps:
         evaluate_and_record()
-    losses, window_steps, window_start = torch.zeros(len(LOSSES), device=accelerator.device), 0, time.perf_counter()
+    losses, window, reason = torch.zeros(len(LOSSES), device=device), Window(), None
     model.train()
-    part = 0
-    for batch in loader if step < settings.max_steps else ():
-        with accelerator.accumulate(model):
-            # The draws depend on the seed, the step and the part of the batch: nothing to restore, nothing to replay.
-            generator.manual_seed(draw_seed(settings.seed, step, batches.first_part + part))
-            outputs = model(
-                **{name: value.to(accelerator.device) for name, value in batch.items()}, generator=generator
-            )
-            accelerator.backward(outputs.loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        losses += torch.stack([outputs[name].detach() for name in LOSSES]) / settings.gradient_accumulation_steps
-        part += 1
-        if not accelerator.sync_gradients:
-            continue
+    steps = iter(loader) if step < settings.max_steps else iter(())
+    while step < settings.max_steps and reason is None:
+        with window.waiting():
+            parts: list[dict[str, torch.Tensor]] = next(steps)
+        window.count(parts)
+        epoch = step // batches.steps_per_epoch
+        draws: list[dict[str, torch.Tensor]] = []
+        targets = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)
+        for part in parts:
+            seeds = torch.from_numpy(molecule_seeds(settings.seed, epoch, part.pop("rows").numpy()))
+            part.update({name: values.to(device, non_blocking=True) for name, values in part.items()})
+            draws.append(drawn(part, seeds.to(device), config))
+            targets += count_targets(part, draws[-1]["atom_modality_ids"], config)
+        # The gradients of the processes are averaged, and those of the parts added: so this is the mean over the step.
+        num_targets, scale = None, 1 / len(parts)
+        if settings.loss_mean == "step":
+            num_targets, scale = accelerator.reduce(targets, "sum"), num_processes
+        for index, (part, draw) in enumerate(zip(parts, draws, strict=True)):
+            is_last = index == len(parts) - 1
+            with nullcontext() if is_last or is_sharded else accelerator.no_sync(model):
+                outputs = model(**part, **draw, num_targets=num_targets)
+                accelerator.backward(outputs.loss * scale)
+            losses += torch.stack([outputs[name].detach() for name in LOSSES]) * scale / num_processes
+        finite.before_step(step + 1, accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if average is not None:
+            average.update_parameters(accelerator.unwrap_model(model))
 
-        step, part, window_steps = step + 1, 0, window_steps + 1
+        step += 1
         progress.update()
-        if step % settings.logging_steps == 0 or step == settings.max_steps:
-            means = accelerator.reduce(losses, "mean") / window_steps
-            rate = window_steps * settings.batch_size / (time.perf_counter() - window_start)
+        is_logged = step % settings.logging_steps == 0 or step == settings.max_steps
+        if is_logged:
+            num_steps = window.num_steps
+            means = accelerator.reduce(losses, "sum") / num_steps
             values = dict(zip(LOSSES, means.tolist(), strict=True))
             log.write(
                 step,
                 {f"train/{name}": value for name, value in values.items()}
-                | {"train/learning_rate": scheduler.get_last_lr()[0], "train/molecules_per_second": rate},
+                | {"train/learning_rate": scheduler.get_last_lr()[0]}
+                | {f"train/{name}": value for name, value in window.closed(settings.batch_size, device).items()},
             )
+            for bad in finite.left_out():
+                rows = training_rows.indices[
+                    batches.batch(bad - 1, batches.order((bad - 1) // batches.steps_per_epoch))
+                ]
+                log.write(bad, {"train/left_out": 1.0})
+                progress.write(f"step {bad:>6,} left out: its gradient is not finite. Rows: {rows[:8].tolist()} ...")
             titled = ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
-            progress.set_postfix_str(f"{rate:.0f} molecules/s, {titled}")
+            progress.set_postfix_str(f"{window.rate:.0f} molecules/s, {titled}")
             losses.zero_()
-            window_steps, window_start = 0, time.perf_counter()
-        pause = time.perf_counter()
-        if step % settings.eval_steps == 0 or step == settings.max_steps:
-            evaluate_and_record()
-        if step % settings.checkpointing_steps == 0 or step == settings.max_steps:
-            save_checkpoint(accelerator, checkpoints, step, settings.that_shape_the_result())
-        window_start += time.perf_counter() - pause  # molecules/s is that of training alone
-        if step == settings.max_steps:
-            break
+        if is_logged or device.type == "cpu":  # elsewhere, to ask is to wait for the device
+            reason = stop.reason()
+        with window.paused():  # molecules/s is that of training alone
+            if step % settings.eval_steps == 0 or step == settings.max_steps:
+                evaluate_and_record()
+            if step % settings.checkpointing_steps == 0 or step == settings.max_steps or reason:
+                checkpoint_now()
     progress.close()
+    stop.restore()
 
-    if accelerator.is_main_process:
+    if reason and step < settings.max_steps:
+        accelerator.print(f"Stopped at step {step:,}: {reason}. Continue with --resume auto.")
+    else:
         facts["seconds"] = time.perf_counter() - started
-        write_folder(output_dir, accelerator.unwrap_model(model), processor, read_metrics(log.path), facts)
-        print(
-            f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
-        )
+        whole = None if average is not None else accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            final: Any = accelerator.unwrap_model(model) if average is None else average.module
+            write_folder(output_dir, final, whole, processor, read_metrics(log.path), facts)
+            print(
+                f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
+            )
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

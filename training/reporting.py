@@ -3,11 +3,16 @@
 import importlib.metadata
 import json
 import platform
+import resource
 import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCardData
@@ -50,6 +55,62 @@ def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
+
+
+class Window:
+    """What is measured between two lines of the log: rate, padding, waiting for data, memory."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.rate = 0.0  # molecules/s of the last window
+        self._reset()
+
+    def _reset(self) -> None:
+        self.num_steps = 0
+        self._waited = self._paused = 0.0
+        self._tokens, self._pairs = np.zeros(2), np.zeros(2)  # real, padded
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def count(self, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Count the tokens and pairs of a step; its tensors are still on the CPU."""
+        self.num_steps += 1
+        for part in parts:
+            real = part["attention_mask"].sum(-1) + 1
+            num, width = part["attention_mask"].shape
+            self._tokens += (int(real.sum()), num * (width + 1))
+            self._pairs += (int((real**2).sum()), num * (width + 1) ** 2)
+
+    def closed(self, batch_size: int, device: torch.device) -> dict[str, float]:
+        """The measurements since the last call; the next window begins."""
+        seconds = time.perf_counter() - self._start - self._paused
+        self.rate = self.num_steps * batch_size / seconds
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured = {
+            "molecules_per_second": self.rate,
+            "data_wait_share": self._waited / seconds,
+            "padded_tokens_share": 1 - self._tokens[0] / self._tokens[1],
+            "padded_pairs_share": 1 - self._pairs[0] / self._pairs[1],
+            "peak_memory_mib": memory / 2**20,
+        }
+        self._reset()
+        return {name: float(value) for name, value in measured.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Checkpoints of a run: written whole or not at all, and resumed from."""
+"""Checkpoints of a run: written whole or not at all, checked before they are resumed from, the oldest deleted."""
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,14 @@ logger = get_logger(__name__)
 STATE_FILE = "run_state.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any]) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any], to_keep: int | None = None
+) -> None:
     """Save model, optimizer, schedule and random states as `folder/step-N`; called by every process.
 
-    The folder gets its name only when it is complete, so that what has the name can be resumed from. Accelerate writes
-    safetensors, and for optimizer, schedule and random states files that it reads with `weights_only=True`: nothing in
-    them is executed.
+    The folder gets its name only when everything in it is on the disk, with the hash of each file, so that what has the name
+    can be resumed from, and what was damaged since is noticed. Accelerate writes safetensors, and for optimizer, schedule
+    and random states files that it reads with `weights_only=True`: nothing in them is executed.
     """
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     if accelerator.is_main_process:
@@ -27,11 +32,39 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, settings:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"step": step, "num_processes": accelerator.num_processes, "settings": settings}
+        state = {
+            "step": step,
+            "num_processes": accelerator.num_processes,
+            "settings": settings,
+            "sha256": {str(path.relative_to(partial)): _on_disk(path) for path in _files(partial)},
+        }
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        _on_disk(partial / STATE_FILE)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _sync_folder(folder)
+        for old in checkpoints_in(folder)[: -to_keep or None] if to_keep else ():
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE)
+
+
+def _on_disk(path: Path) -> str:
+    """SHA-256 of a file, once its content has reached the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -40,15 +73,37 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        hashes = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["sha256"]
+    except (ValueError, KeyError):
+        return f"{STATE_FILE} is no record of a checkpoint"
+    for name, expected in hashes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                return f"{name} is not as it was written"
+    return None
+
+
 def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means: a folder, or with "auto" the newest in `folder`; None to start from nothing."""
+    """The checkpoint that `--resume` means: a folder, or with "auto" the newest sound one; None to start from nothing."""
     if resume is None:
         return None
     if resume == "auto":
-        return next(reversed(checkpoints_in(folder)), None)
+        for checkpoint in reversed(checkpoints_in(folder)):
+            if (reason := damage(checkpoint)) is None:
+                return checkpoint
+            logging.warning(f"{checkpoint} is damaged and is not resumed from: {reason}.")
+        return None
     if not (Path(resume) / STATE_FILE).is_file():
         there = ", ".join(str(path) for path in checkpoints_in(folder)) or "none"
         raise FileNotFoundError(f"{resume!r} is no checkpoint. Complete ones in {str(folder)!r}: {there}.")
+    if reason := damage(Path(resume)):
+        raise ValueError(f"The checkpoint {resume!r} is damaged: {reason}. Resume from an older one, or with auto.")
     return Path(resume)
 
 
