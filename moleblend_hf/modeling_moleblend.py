@@ -88,6 +88,14 @@ class MoleBlendLayerNorm(nn.LayerNorm):
         ).to(hidden_states.dtype)
 
 
+class MoleBlendAtomEmbedding(nn.Embedding):
+    """Sum over the features of an atom, `(B, N, F)` rows of the table to `(B, N, D)`, without building the terms."""
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding_bag(index.flatten(0, 1), self.weight, mode="sum", padding_idx=self.padding_idx)
+        return rows.unflatten(0, index.shape[:2])
+
+
 class MoleBlendEmbeddings(nn.Module):
     """Atom features summed over one table, and the degree ("centrality") embedding."""
 
@@ -96,16 +104,14 @@ class MoleBlendEmbeddings(nn.Module):
         self.atom_vocabulary_sizes = tuple(config.atom_vocabulary_sizes)
         # Row 0 is padding; the values of feature f take the rows after offset f.
         self.atom_offsets = tuple(accumulate(self.atom_vocabulary_sizes[:-1], initial=0))
-        self.atom_embedding = nn.Embedding(1 + sum(self.atom_vocabulary_sizes), config.hidden_size, padding_idx=0)
+        self.atom_embedding = MoleBlendAtomEmbedding(1 + sum(self.atom_vocabulary_sizes), config.hidden_size, 0)
         self.degree_embedding = nn.Embedding(config.num_degrees, config.hidden_size)
 
     def forward(self, atom_features: torch.Tensor) -> torch.Tensor:
         """`(B, N, num_features)` to `(B, N, D)`; padding is 0, a value beyond a vocabulary takes its last row."""
         largest = atom_features.new_tensor(self.atom_vocabulary_sizes)
         offsets = atom_features.new_tensor(self.atom_offsets)
-        index = torch.where(atom_features > 0, torch.minimum(atom_features, largest) + offsets, 0)
-        embeddings = F.embedding_bag(index.flatten(0, 1), self.atom_embedding.weight, mode="sum", padding_idx=0)
-        return embeddings.unflatten(0, index.shape[:2])
+        return self.atom_embedding(torch.where(atom_features > 0, torch.minimum(atom_features, largest) + offsets, 0))
 
     def embed_degree(self, degree: torch.Tensor) -> torch.Tensor:
         """`(B, N)` to `(B, N, D)`."""
@@ -376,9 +382,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         self.embedding_norm = MoleBlendLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.embedding_dropout = nn.Dropout(config.hidden_dropout)
         self.attention_bias = MoleBlendAttentionBias(config)
-        self.layers = nn.ModuleList(
-            [MoleBlendLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList(MoleBlendLayer(config, index) for index in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -428,9 +432,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         ```
         """
         if unknown := sorted(set(kwargs) - set(TransformersKwargs.__annotations__) - {"use_cache"}):
-            raise TypeError(
-                f"Unexpected arguments {unknown}. Pass what the processor returns, without `kept_indices`."
-            )
+            raise TypeError(f"Unexpected arguments {unknown}. Pass what the processor returns, no `kept_indices`.")
         if atom_features.dim() != 3 or atom_features.shape[2] != len(self.config.atom_vocabulary_sizes):
             raise ValueError(
                 f"`atom_features` has shape {tuple(atom_features.shape)}; expected (batch_size, num_atoms, "
@@ -823,8 +825,8 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         )
 
         # Losses: all pairs, hidden or shown. Each is a mean over what has a target, and 0 where nothing has.
-        no_labels = torch.full_like(pair_modality_ids, IGNORED_LABEL)
-        path_labels, bond_labels = no_labels, no_labels.unsqueeze(-1).expand(bond_path_logits.shape[:-1])
+        path_labels = torch.full_like(pair_modality_ids, IGNORED_LABEL)
+        bond_labels = path_labels.unsqueeze(-1).expand(bond_path_logits.shape[:-1])
         num_unclassified_bonds = torch.zeros((), dtype=torch.long, device=device)
         if shortest_path_distance is not None:
             num_classes, unreachable = shortest_path_logits.shape[-1], self.config.num_shortest_path_distances - 2
@@ -920,9 +922,8 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
             return masked_mean(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none"), present)
         # CODEPATH: regression checkpoints fine-tuned with scaled targets; converted ones have none.
         if self.config.target_scales is not None:
-            labels = (labels - labels.new_tensor(self.config.target_means)) / labels.new_tensor(
-                self.config.target_scales
-            )
+            means, scales = map(labels.new_tensor, (self.config.target_means, self.config.target_scales))
+            labels = (labels - means) / scales
         return masked_mean(F.mse_loss(outputs, labels, reduction="none"), present)
 
     @can_return_tuple
@@ -982,9 +983,8 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         loss = None if labels is None else self._loss(logits, labels)
         # CODEPATH: as in the loss, checkpoints fine-tuned with scaled targets.
         if self.config.target_scales is not None:
-            logits = logits * logits.new_tensor(self.config.target_scales) + logits.new_tensor(
-                self.config.target_means
-            )
+            means, scales = map(logits.new_tensor, (self.config.target_means, self.config.target_scales))
+            logits = logits * scales + means
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -529,3 +529,70 @@ def test_what_the_log_says_of_each_window(finished_run):
         assert 0 <= row["train/data_wait_share"] < 1
         assert 0 <= row["train/padded_tokens_share"] <= row["train/padded_pairs_share"] < 0.6
         assert row["train/peak_memory_mib"] > 100
+
+
+SHARDED = """
+import sys
+import torch
+from accelerate import state
+from accelerate.utils import DistributedType
+
+def on_cpu(self, *arguments, **options):  # Accelerate shards on accelerators only; torch shards anywhere
+    self.device = torch.device("cpu")
+    return "gloo", DistributedType.MULTI_GPU
+
+state.PartialState._prepare_backend = on_cpu
+import pretrain
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_sharded_weights_train_resume_and_load_as_whole_ones(dataset, tmp_path):
+    """FSDP 2 with the settings of fsdp.yaml, on two gloo ranks."""
+    config = yaml.safe_load((TRAINING / "configs" / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    environment = {
+        names.get(name, name.upper()): str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in config.items()
+    }
+    environment |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "PYTHONPATH": os.pathsep.join([str(TRAINING.parent), str(TRAINING)]),
+    }
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    flags = [
+        "--dataset",
+        str(dataset),
+        *SHORT,
+        "--max_steps",
+        "4",
+        "--checkpointing_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
+    flags += ["--learning_rate", "1e-4", "--output_dir", str(tmp_path / "sharded")]
+
+    def launch(*extra):
+        return subprocess.run(
+            [*TWO_RANKS, str(script), *flags, *extra, "--model", *TINY, *STILL],
+            env={name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    result = launch()
+    assert result.returncode == 0, result.stderr[-3000:]
+    sharded = tmp_path / "sharded"
+    whole = run(dataset, tmp_path / "whole", *flags[:-2], model=STILL)
+    assert {path.name for path in sharded.iterdir()} == {path.name for path in whole.iterdir()}
+    weights = [MoleBlendForPreTraining.from_pretrained(folder).state_dict() for folder in (sharded, whole)]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=0, atol=1e-5)
+    first = (sharded / "model.safetensors").read_bytes()
+    shutil.rmtree(sharded / "checkpoints" / "step-4")
+    result = launch("--resume", "auto")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (sharded / "model.safetensors").read_bytes() == first

@@ -6,6 +6,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 
 class StopRequest:
@@ -55,6 +56,7 @@ class FiniteSteps:
         bad = (~torch.isfinite(gradient_norm)).float()
         self._optimizer.found_inf = bad  # type: ignore[attr-defined]
         self._optimizer.grad_scale = None  # type: ignore[attr-defined]
+        bad = bad.full_tensor() if isinstance(bad, DTensor) else bad  # sharded by FSDP, as the weights are
         self._in_a_row = (self._in_a_row + 1) * bad
         self._worst = torch.maximum(self._worst, self._in_a_row)
         self._flags.append((step, bad))

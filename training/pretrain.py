@@ -135,13 +135,12 @@ def parse_args(argv: list[str] | None = None) -> PretrainingSettings:
 def write_folder(
     output_dir: Path,
     model: MoleBlendForPreTraining,
-    weights: dict[str, torch.Tensor] | None,
     processor: MoleBlendProcessor,
     rows: list[dict[str, float]],
     facts: dict[str, Any],
 ) -> None:
     """Write what the Hub takes: model, code and processor, the card and its picture, settings and versions."""
-    model.save_pretrained(output_dir, state_dict=weights)
+    model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     plot_losses(rows, LOSSES, output_dir / "losses.png")
     (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -174,7 +173,9 @@ def main(argv: list[str] | None = None) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
-    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed steps by rules of its own. FSDP shards as it does: configs/accelerate/fsdp.yaml.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if accelerator.is_main_process:
         if checkpoint is None:
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     average = None
     if settings.ema_decay is not None:
         if is_sharded:
-            raise ValueError("ema_decay needs whole weights on each process. Leave it out with FSDP and DeepSpeed.")
+            raise ValueError("ema_decay needs whole weights on each process, which FSDP shards. Leave it out.")
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).to(device)
         accelerator.register_for_checkpointing(average)
     optimizer = torch.optim.AdamW(
@@ -360,10 +361,11 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(f"Stopped at step {step:,}: {reason}. Continue with --resume auto.")
     else:
         facts["seconds"] = time.perf_counter() - started
-        whole = None if average is not None else accelerator.get_state_dict(model)
+        weights = accelerator.get_state_dict(model) if average is None else average.module.state_dict()
         if accelerator.is_main_process:
-            final: Any = accelerator.unwrap_model(model) if average is None else average.module
-            write_folder(output_dir, final, whole, processor, read_metrics(log.path), facts)
+            final = MoleBlendForPreTraining(config)  # as it was before it was wrapped, sharded or compiled
+            final.load_state_dict(weights)
+            write_folder(output_dir, final, processor, read_metrics(log.path), facts)
             print(
                 f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
             )
