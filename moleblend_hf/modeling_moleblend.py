@@ -780,7 +780,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         # Draw what is shown, and the noise.
         available = available_modalities(has_coordinates, degree, shortest_path_distance, path_bond_types)
         if pair_modality_ids is None:
-            rows = batch_size if config.blend_per_molecule else 1
+            rows = batch_size if config.blend_per_molecule else 1  # CODEPATH: the original shares one draw
             draws = draw(torch.rand, (rows, num_atoms, num_atoms), device, generator)
             pair_modality_ids = pair_modalities(available[0], config.blend_probabilities, draws)
         if atom_modality_ids is None:
