@@ -97,3 +97,21 @@ def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
         "last_step": last["step"],
         "table": [(title, first[name], last[name]) for name, title in measured.items()],
     }
+
+
+def run_figures(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """What the log says of the run itself, for the card: medians over the logged windows, and the peak of the memory."""
+    units = {
+        "molecules_per_second": ("molecules a second", "{:,.0f}"),
+        "data_wait_share": ("share of the time spent waiting for data", "{:.1%}"),
+        "padded_tokens_share": ("share of padding among the tokens", "{:.1%}"),
+        "padded_pairs_share": ("share of padding among the pairs", "{:.1%}"),
+    }
+    found = []
+    for name, (title, form) in units.items():
+        values = [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
+        if values:
+            found.append((title, form.format(float(np.median(values)))))
+    peak = max((row.get("train/peak_memory_mib", 0.0) for row in rows), default=0.0)
+    left_out = sum("train/left_out" in row for row in rows)
+    return [*found, ("peak memory of the main process, MiB", f"{peak:,.0f}"), ("steps left out", str(left_out))]

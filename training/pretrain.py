@@ -35,7 +35,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from batches import Budget, StepBatches, cut, fitting, shared
 from data import collate, open_dataset, training_and_held_out
-from evaluation import LOSSES, evaluate, held_out_results
+from evaluation import LOSSES, evaluate, held_out_results, run_figures
 from guards import FiniteSteps, StopRequest
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 from objective import count_targets, drawn, molecule_seeds
@@ -149,6 +149,7 @@ def write_folder(
         model_name=f"MoleBLEND, {output_dir.resolve().name}",
         config=model.config,
         results=held_out_results(rows),
+        figures=run_figures(rows),
         **facts,
     )
 
