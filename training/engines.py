@@ -18,16 +18,18 @@ from pebble import ProcessExpired, ProcessPool
 from parts import Part, PartSettings, after_failure, featurize_part
 
 ENGINES = ("local", "ray")
+# What takes seconds to import, and is imported once for all processes. Only packages: Python 3.11 does not tell the server
+# that forks where the files beside a script are.
+PRELOADED = ["moleblend_hf", "datasets", "accelerate", "matplotlib.figure"]
 KILLED = "had its process killed, as happens when memory runs out"
 PARTS_A_PROCESS = 2  # in work and waiting, so that no process ever waits for the reader
 
 
 def run_locally(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> Iterator[tuple[int, int]]:
     """Numbers of rows and rejections of each part, from `num_proc` processes."""
-    # Forked by a server that runs no thread: forks of this process could hang. The server has imported the script, as each
-    # process does, which takes seconds.
+    # Forked by a server that runs no thread: forks of this process could hang.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preprocess"])
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPool(num_proc, initializer=_end_with_parent, context=context) as pool:
         pending: dict[Any, Part] = {}
 
@@ -61,13 +63,12 @@ def run_on_ray(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> 
         import ray
     except ImportError as error:
         raise ImportError('The engine "ray" needs Ray. Run `pip install "ray"`, or use --engine local.') from error
-    own = not ray.is_initialized()
-    if own:
-        # Its processes look for our files where this one does.
-        paths = os.pathsep.join(path for path in sys.path if path)
-        ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    if own := not ray.is_initialized():
+        ray.init(log_to_driver=False)
     ended = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
-    task = ray.remote(max_retries=0)(featurize_part)  # retries are ours, which know the row to blame
+    # Its processes look for our files where this one does. Retries are ours, which know the row to blame.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+    task = ray.remote(max_retries=0, runtime_env=environment)(featurize_part)
     pending: dict[Any, Part] = {}
 
     def finished() -> Iterator[tuple[int, int]]:

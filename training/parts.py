@@ -218,17 +218,26 @@ def _molecule(record: Record, settings: FeaturizationSettings) -> tuple[ParsedMo
         return written, str(record.smiles), record.missing_3d
     mol = parse_sdf_record(record.sdf)
     if record.smiles is None:
-        return *_as_smiles(parse_molecule(mol, None, given), given), None
+        drawn = parse_molecule(mol, None, given)
+        return *_as_smiles(drawn, given), _why_flat(record.sdf, drawn, given)
     # The SMILES says which molecule the row is about: if the geometry is of another one, the files are out of step.
     written = parse_molecule(record.smiles, None, given)
     try:
         drawn = parse_molecule(mol, None, given)
         if _constitution(drawn.mol) == _constitution(written.mol):
-            return *_as_smiles(drawn, given), None
+            return *_as_smiles(drawn, given), _why_flat(record.sdf, drawn, given)
         reason = "has an SDF record of another molecule than its SMILES"
     except MoleculeError as error:
         reason = f"has an SDF record that {error.reason}"
     return _molecule(replace(record, sdf=None, missing_3d=reason), settings)
+
+
+def _why_flat(sdf: str, drawn: ParsedMolecule, settings: FeaturizationSettings) -> str | None:
+    """Why the molecule of an SDF record that is flagged 3D has no coordinates, if so."""
+    flag = "".join(sdf.split("\n", 2)[1:2])[20:22]
+    if flag != "3D" or settings.modality == "2d" or drawn.coordinates is not None:
+        return None
+    return "has an SDF record that is flagged 3D, but flat and with marks of a drawing, for which RDKit takes it"
 
 
 def _as_smiles(parsed: ParsedMolecule, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str]:

@@ -66,7 +66,7 @@ class PreprocessingSettings:
     exclude: str | None = setting("input", "list of QM9 ids to reject, as its uncharacterized.txt", None)
 
     modality: str = setting(
-        "molecules", "auto: given geometries; 2d: none; 2d+3d: made where missing; 3d: those without are rejected",
+        "molecules", "auto: given geometries; 2d: none; 2d+3d: made where missing; 3d: as that, and none is a reason to reject",
         "auto", choices=MODALITIES,
     )  # fmt: skip
     hydrogens: str = setting("molecules", "as atoms: drop, keep those written, or add all", "drop", choices=HYDROGENS)
@@ -182,6 +182,11 @@ def part_settings(settings: PreprocessingSettings, source: Source) -> PartSettin
     )
 
 
+def part_size(settings: PreprocessingSettings) -> int:
+    """How many records are worked on together."""
+    return CONFORMERS_A_PART if makes_conformers(settings.featurization()) else RECORDS_A_PART
+
+
 def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     """The folder of the parts, new or as an interrupted run of the same settings on the same files left it."""
     output = Path(settings.output)
@@ -195,6 +200,7 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     identity = {
         "settings": settings.that_shape_the_content(),
         "versions": versions("moleblend_hf", "rdkit"),
+        "part_size": part_size(settings),
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
     }
     identity = json.loads(json.dumps(identity))
@@ -213,7 +219,9 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
             )
     else:
         work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_suffix(".partial")  # so that an interrupt leaves all of it or nothing
+        partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
     for leftover in (*work.glob("*.partial"), *work.glob("marker-*")):
         leftover.unlink()
     return work
@@ -243,8 +251,7 @@ def featurize_all(settings: PreprocessingSettings, source: Source, work: Path) -
     run = run_on_ray if settings.engine == "ray" else run_locally
     rejected = 0
     with tqdm(total=total, unit=" molecules", unit_scale=True, mininterval=0.5) as progress:
-        size = CONFORMERS_A_PART if makes_conformers(settings.featurization()) else RECORDS_A_PART
-        parts = parts_to_do(islice(source.records(), settings.limit), size, work, done, progress)
+        parts = parts_to_do(islice(source.records(), settings.limit), part_size(settings), work, done, progress)
         for num_rows, num_rejected in run(parts, part_settings(settings, source), settings.num_proc):
             rejected += num_rejected
             progress.update(num_rows + num_rejected)
