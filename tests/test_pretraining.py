@@ -405,21 +405,28 @@ def test_two_processes_train_as_one(dataset, tmp_path):
 # What happens on the way
 
 
-def test_sigterm_saves_and_the_resumed_run_ends_as_if_it_had_not_come(dataset, tmp_path):
-    flags = ["--max_steps", "400", "--checkpointing_steps", "400", "--eval_steps", "400", "--logging_steps", "1"]
-    process = launched(dataset, tmp_path / "stopped", *flags)
-    log = tmp_path / "stopped" / "metrics.jsonl"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_goes_on_as_if_it_had_not_been(number, dataset, tmp_path):
+    """SIGTERM saves and stops in order; SIGKILL leaves the last checkpoint."""
+    every = "400" if number == signal.SIGTERM else "7"
+    flags = ["--max_steps", "400", "--eval_steps", "400", "--logging_steps", "1", "--checkpointing_steps", every]
+    process = launched(dataset, tmp_path / "ended", *flags)
+    log = tmp_path / "ended" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not log.is_file() or log.read_text().count("train/") < 5):
+    while time.monotonic() < deadline and (not log.is_file() or log.read_text().count("train/bond_path_loss") < 10):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-    assert re.search(r"Stopped at step \d+: it was told to stop. Continue with --resume auto", output)
-    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").glob("step-*")
-    assert checkpoint.name != "step-400"
-    resumed = run(dataset, tmp_path / "stopped", *flags, "--resume", "auto", model=STILL)
-    whole = run(dataset, tmp_path / "whole", *flags, model=STILL)
+    saved = run_state.checkpoints_in(tmp_path / "ended" / "checkpoints")
+    assert saved[-1].name != "step-400"
+    if number == signal.SIGTERM:
+        assert process.returncode == 0, errors[-3000:]
+        assert re.search(r"Stopped at step \d+: it was told to stop. Continue with --resume auto", output)
+        assert len(saved) == 1
+    else:
+        assert process.returncode == -number
+    resumed = run(dataset, tmp_path / "ended", *flags, "--resume", "auto", model=STILL)
+    whole = run(dataset, tmp_path / "whole", *flags[:-1], "400", model=STILL)
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
