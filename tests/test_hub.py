@@ -208,7 +208,6 @@ def test_a_dataset_loads_and_streams_without_the_scripts(pushed):
     assert set(hub.strangers) <= {"datasets-server.127.0.0.1"}
 
 
-@pytest.mark.xfail(strict=True, reason="push leaves the Parquet files of before, and the card's globs match them")
 def test_a_dataset_that_is_pushed_over_another_replaces_it(pushed):
     hub, folder = pushed
     data = {path for path in hub.files("user/again", "dataset") if path.startswith("data/")}

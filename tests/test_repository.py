@@ -24,7 +24,7 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("requirement", chain(PROJECT["dependencies"], *EXTRAS.values()))
+@pytest.mark.parametrize("requirement", [*chain(PROJECT["dependencies"], *EXTRAS.values())])
 def test_every_requirement_is_pinned_within_its_range(requirement):
     parsed = Requirement(requirement)
     if parsed.name == PROJECT["name"]:

@@ -291,16 +291,22 @@ def main(argv: list[str] | None = None) -> Assembly:
 
 
 def push(settings: PreprocessingSettings) -> None:
-    """Upload the folder to the Hub."""
+    """Upload the folder to the Hub, in place of the rows that are there."""
     from huggingface_hub import HfApi
 
+    name, stale = (
+        str(settings.push_to_hub),
+        "data/*.parquet",
+    )  # other numbers of files would leave old rows among the new
     api = HfApi()
-    print(
-        "If the upload fails, repeat it with: "
-        + shlex.join(["hf", "upload", "--repo-type", "dataset", str(settings.push_to_hub), settings.output])
-    )
-    url = api.create_repo(str(settings.push_to_hub), repo_type="dataset", private=settings.private, exist_ok=True)
-    api.upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=settings.output)
+    command = ["hf", "upload", "--repo-type", "dataset", "--delete", stale, name, settings.output]
+    print(f"If the upload fails, repeat it with: {shlex.join(command)}")
+    url = api.create_repo(name, repo_type="dataset", private=settings.private, exist_ok=True)
+    if settings.private and not api.dataset_info(url.repo_id).private:
+        raise ValueError(
+            f"{url.repo_id} is there, and public. Make it private on the Hub first, or push to another name."
+        )
+    api.upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=settings.output, delete_patterns=[stale])
     print(f"Pushed to {url}.")
 
 
