@@ -41,6 +41,7 @@ import yaml
 from drug_molecules import DRUG_SMILES
 from plain_model import PlainMoleBlendForPreTraining
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from training_step import has_bfloat16
 
 from batches import Budget, cut
@@ -299,11 +300,15 @@ def measure(
     """Turns of each contestant, and the ceiling of each arithmetic."""
     turns: dict[str, list[Turn]] = {name: [] for name in found}
     rates: dict[torch.dtype, list[float]] = {contestant.dtype: [] for contestant in found.values()}
+    progress = tqdm(total=args.rounds * len(found), unit="turn", leave=False)
     for _ in range(args.rounds):
         for name, contestant in found.items():
             turns[name].append(trainer.turn(contestant, corpus, args.steps, args.warm_steps))
+            progress.set_postfix_str(f"{name}: {turns[name][-1].seconds:.1f} s")
+            progress.update()
             for dtype in rates:
                 rates[dtype].append(trainer.matmul_rate(dtype))
+    progress.close()
     return turns, {dtype: statistics.median(values) for dtype, values in rates.items()}
 
 
