@@ -149,7 +149,8 @@ class PlainMoleBlendForPreTraining(MoleBlendForPreTraining):
         model = self.moleblend
         offsets = atom_features.new_tensor(model.embeddings.atom_offsets)
         index = torch.where(atom_features > 0, atom_features + offsets, 0)
-        atoms = model.embeddings.atom_embedding(index).sum(-2)  # (B, N, 9, D) gathered
+        table = model.embeddings.atom_embedding.weight
+        atoms = F.embedding(index, table, padding_idx=0).sum(-2)  # (B, N, 9, D) gathered
         degrees = model.embeddings.degree_embedding(degree)
         sums = gaussians.masked_fill(~pair_mask.unsqueeze(-1), 0).sum(2)
         distances = self.config.distance_feature_scale * model.atom_distance_proj(sums)
