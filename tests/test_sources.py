@@ -651,12 +651,12 @@ def test_missing_file(tmp_path, kind):
         ("a.csv.gz", b"smiles\nC\n", "is not gzipped, as its name says"),
         ("a.csv", b"\n<!DOCTYPE html><html>", "is a web page; .* Download the file again"),
         ("a.sdf.gz", b"<HTML>", "is a web page"),
-        ("a.csv", gzip.compress(b"<html>"), "is a web page"),
+        ("a.csv", gzip.compress(b"<html>", mtime=0), "is a web page"),
         ("a.xlsx", b"PK\x03\x04...", "is a zip archive or an Excel workbook"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS.*git lfs pull"),
         ("a.csv", b"PAR1...", "is a Parquet file.*source 'parquet'"),
         ("a.csv", b"", "is empty"),
-        ("a.csv", gzip.compress(b"smiles\nC\n")[:11], "is damaged: nothing in it can be unpacked"),
+        ("a.csv", gzip.compress(b"smiles\nC\n", mtime=0)[:11], "is damaged: nothing in it can be unpacked"),
     ],
 )
 def test_file_that_is_not_what_its_name_says(tmp_path, kind, name, content, message):
