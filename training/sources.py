@@ -5,21 +5,17 @@ then hands on what is written: nothing is parsed by RDKit here, and nothing is s
 too, with the stage and the reason. Whether a file is gzipped is decided by its content, not by its name.
 """
 
-import codecs
 import csv
-import gzip
 import io
 import itertools
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # nothing is unpickled: it is how `torch.load` refuses to
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -28,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
+from files import DAMAGE, check_file, check_folder, check_text, open_bytes, open_text, read_head
 from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
 
 HEAD_CHARACTERS = 1 << 20  # of an SDF, in which the end of its first molecule has to be
@@ -36,7 +33,6 @@ BATCH_ROWS = 1000  # of Parquet and datasets, in memory at once
 MAX_FIELD_CHARACTERS = 1 << 20  # of delimited text; the module's 131,072 is less than some fields of real tables
 MAX_NAMES_IN_NOTE = 10
 
-DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
 MISSING_VALUES = frozenset(("", "nan", "na", "none", "null"))
 # Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
 SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
@@ -51,19 +47,6 @@ ID_NAMES = (
     "name",
     "moleculename",
     "compoundname",
-)
-
-GZIP = b"\x1f\x8b"
-NOT_TEXT = (  # how files start that are often found under the name of another
-    (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
-    (b"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
-    (b"BZh", "compressed by bzip2", "Unpack it"),
-    (b"\xfd7zXZ", "compressed by xz", "Unpack it"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "Unpack it"),
-    (b"PAR1", "a Parquet file", "Read it as source 'parquet'"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file", "Run `git lfs pull`"),
-    (b"<!doctype", "a web page", "Download the file again; the address led to a page about it"),
-    (b"<html", "a web page", "Download the file again; the address led to a page about it"),
 )
 
 csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
@@ -177,95 +160,20 @@ def open_source(
 
 def count_rows(source: Source) -> int | None:
     """About how many rows there are, for a progress bar: ends of records or lines; None where nobody knows."""
-    if not source.files or not _head(source.files[0]):
+    if not source.files or not read_head(source.files[0]):
         return None
     if all(path.suffix == ".parquet" for path in source.files):
         return sum(pq.read_metadata(path).num_rows for path in source.files)
     path = next((path for path in source.files if ".csv" in path.suffixes), source.files[0])
-    is_sdf = b"M  END" in _head(path, HEAD_CHARACTERS)
+    is_sdf = b"M  END" in read_head(path, HEAD_CHARACTERS)
     try:
-        with _open_bytes(path) as file:
+        with open_bytes(path) as file:
             if is_sdf:
                 return sum(chunk.count(b"$$$$") for chunk in iter(partial(file.read, HEAD_CHARACTERS), b""))
             lines = sum(not line.isspace() for line in file)
             return lines if source.name == "smi" else max(lines - 1, 0)  # without the header
     except DAMAGE:
         return None
-
-
-# Files
-
-
-def _is_gzip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == GZIP
-
-
-def _open_bytes(path: Path) -> io.BufferedReader:
-    """Content of a file, unpacked if it is gzipped."""
-    return cast(io.BufferedReader, gzip.open(path)) if _is_gzip(path) else open(path, "rb")
-
-
-def _head(path: Path, size: int = 512) -> bytes:
-    """First bytes of the unpacked content; fewer if it is shorter or damaged."""
-    head = b""
-    try:
-        with _open_bytes(path) as file:
-            while len(head) < size and (chunk := file.read1(size - len(head))):
-                head += chunk
-    except DAMAGE:
-        pass
-    return head
-
-
-def _is_tar(head: bytes) -> bool:
-    return head[257:262] == b"ustar"
-
-
-@contextmanager
-def _open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Lines of a text file that may be gzipped, or in a tar archive, of which the first SDF is read and nothing extracted."""
-    head = _head(path)
-    with ExitStack() as stack:
-        file = stack.enter_context(_open_bytes(path))
-        if _is_tar(head):
-            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-            # Archives that were packed on macOS have a "._NAME" of metadata before each file.
-            members = (member for member in archive if member.isfile() and not Path(member.name).name.startswith("._"))
-            sdf = next((member for member in members if member.name.endswith(".sdf")), None)
-            if sdf is None:
-                raise ValueError(f"The archive {path} holds no file that ends in .sdf. Give one that does.")
-            file = cast(io.BufferedReader, archive.extractfile(sdf))
-        encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors="replace", newline=newline))
-
-
-def _check_text(path: Path, expected: str, tar: bool = False) -> None:
-    """Raises unless the file is there and can be text."""
-    _check_file(path, expected)
-    head, is_gzip = _head(path), _is_gzip(path)
-    if not head:
-        state = "is damaged: nothing in it can be unpacked" if is_gzip and path.stat().st_size else "is empty"
-        raise ValueError(f"{path} {state}; {expected} was expected. Fetch it again.")
-    for magic, what, remedy in NOT_TEXT:
-        if head.lstrip().lower().startswith(magic.lower()):
-            raise ValueError(f"{path} is {what}; {expected} was expected. {remedy}.")
-    if path.suffix in (".gz", ".tgz") and not is_gzip:
-        raise ValueError(f"{path} is not gzipped, as its name says. Fetch it again, or rename it if it is complete.")
-    if _is_tar(head) and not tar:
-        raise ValueError(f"{path} is a tar archive; {expected} was expected. Unpack it.")
-
-
-def _check_file(path: Path, expected: str) -> None:
-    if not path.is_file():
-        state = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{str(path)!r} {state}; {expected} was expected. Give the path of one.")
-
-
-def _check_folder(folder: Path, expected: str) -> None:
-    if not folder.is_dir():
-        state = "is a file" if folder.is_file() else "does not exist"
-        raise FileNotFoundError(f"{str(folder)!r} {state}; {expected} was expected. Give the path of one.")
 
 
 # Targets and columns
@@ -389,7 +297,7 @@ class _Table:
 
 
 def _open_table(path: Path, delimiter: str) -> _Table:
-    _check_text(path, "a text table")
+    check_text(path, "a text table")
     header = next(_read_rows(path, delimiter), None)
     if header is None or isinstance(header, str):
         raise ValueError(f"{path} has no header that can be read: the file {header or 'is empty'}. Fetch it again.")
@@ -403,7 +311,7 @@ def _open_table(path: Path, delimiter: str) -> _Table:
 
 def _read_rows(path: Path, delimiter: str) -> Iterator[list[str] | str]:
     """Rows that are not blank, the header first; where one cannot be read, the reason."""
-    with _open_text(path, newline="") as file:
+    with open_text(path, newline="") as file:
         # Strict, or else a quote that is never closed swallows the rows after it without a word.
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         while True:
@@ -481,13 +389,13 @@ _SMI_LINE = re.compile(r"(\S+(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
 
 def _open_smi(input: str, options: _Options) -> Source:
     path = Path(input)
-    _check_text(path, "a file with a SMILES and a name a line")
+    check_text(path, "a file with a SMILES and a name a line")
     return Source("smi", (path,), (), (), path.name, partial(_read_smi, path))
 
 
 def _read_smi(path: Path) -> Iterator[Record]:
     row = 0
-    with _open_text(path) as file:
+    with open_text(path) as file:
         try:
             for line in file:
                 match = _SMI_LINE.match(line.strip())
@@ -505,7 +413,7 @@ _FIELD_HEADER = re.compile(r">[^<]*<([^>]*)>")
 
 
 def _read_sdf_texts(path: Path) -> Iterator[str | MoleculeError]:
-    with _open_text(path) as lines:
+    with open_text(path) as lines:
         try:
             yield from sdf_records(lines)
         except tarfile.TarError as error:
@@ -514,10 +422,10 @@ def _read_sdf_texts(path: Path) -> Iterator[str | MoleculeError]:
 
 def _check_sdf(path: Path) -> None:
     """Raises unless a molecule ends near the start: what is no SDF has no end of record either, and fills the memory."""
-    _check_text(path, "an SDF or MOL file", tar=True)
+    check_text(path, "an SDF or MOL file", tar=True)
     size = 0
     try:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             while size < HEAD_CHARACTERS and (line := file.readline(HEAD_CHARACTERS)):
                 if line.startswith(("M  END", "$$$$")):
                     return
@@ -609,7 +517,7 @@ def _one_of(paths: Iterable[Path], what: str) -> Path | None:
 
 def _open_pcqm4mv2(input: str, options: _Options) -> Source:
     folder = Path(input)
-    _check_folder(folder, "the folder of PCQM4Mv2")
+    check_folder(folder, "the folder of PCQM4Mv2")
     places = (folder, folder / "raw")
     candidates = [place / name for place in places for name in ("data.csv.gz", "data.csv")]
     path = next((path for path in candidates if path.is_file()), None)
@@ -698,7 +606,7 @@ def read_split_dict(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _open_qm9(input: str, options: _Options) -> Source:
     folder = Path(input)
-    _check_folder(folder, "the folder of QM9")
+    check_folder(folder, "the folder of QM9")
     sdf = _one_of((path for ending in ("*.sdf", "*.sdf.gz") for path in folder.glob(ending)), "SDF files")
     if sdf is None:
         raise FileNotFoundError(f"{folder} holds no *.sdf or *.sdf.gz. Give the folder of gdb9.sdf and gdb9.sdf.csv.")
@@ -768,8 +676,8 @@ def _checked_join(record: Record, sdf: Path) -> Record:
 
 def read_qm9_ids(path: Path) -> frozenset[int]:
     """Numbers of the molecules in a list: lines that start with a number or `gdb_N`, such as QM9's uncharacterized.txt."""
-    _check_text(path, "a list of QM9 ids")
-    with _open_text(path) as file:
+    check_text(path, "a list of QM9 ids")
+    with open_text(path) as file:
         tokens = (line.split(None, 1)[0] for line in file if line.strip())
         numbers = frozenset(number for token in tokens if (number := _qm9_number(token)) is not None)
     if not numbers:
@@ -789,7 +697,7 @@ def _qm9_number(text: str) -> int | None:
 
 def _open_moleculenet(input: str, options: _Options) -> Source:
     path = Path(input)
-    _check_file(path, "a CSV file of MoleculeNet")
+    check_file(path, "a CSV file of MoleculeNet")
     name = next((n for n, s in MOLECULENET_SETS.items() if path.name.lower().startswith(s.file_names)), None)
     if name is None:
         raise ValueError(
@@ -901,7 +809,7 @@ def _open_parquet(input: str, options: _Options) -> Source:
 
 
 def _parquet_schema(path: Path) -> pa.Schema:
-    _check_file(path, "a Parquet file")
+    check_file(path, "a Parquet file")
     with open(path, "rb") as file:
         start = file.read(4)
         file.seek(-min(4, path.stat().st_size), io.SEEK_END)
