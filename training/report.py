@@ -27,7 +27,7 @@ class SplitPredictions:
 
     ids: list[str]
     smiles: list[str]
-    labels: np.ndarray  # (n, T) with NaN where missing; for single_label_classification (n,) integers, -100 missing
+    labels: np.ndarray  # (n, T) with NaN where missing; single_label_classification: (n, 1), the class's index
     values: np.ndarray  # (n, T) in own units or probabilities of class 1; single_label_classification: (n, C)
     lower: np.ndarray | None = None  # (n, T) conformal intervals of regression; NaN for a target without one
     upper: np.ndarray | None = None
@@ -44,6 +44,7 @@ class Run:
     validation: SplitPredictions | None = None  # None: an evaluation of a model that was selected elsewhere
     seconds: float | None = None  # of training
     epochs: int | None = None  # after which the model was taken
+    notes: tuple[str, ...] = ()  # what else has to be known, a sentence each
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Experiment:
     target_units: list[str | None]
     runs: list[Run]  # in the order of the table's rows
     reported: str  # name of the runs that the folder's weights are of: the card is about these
+    reported_seed: int | None  # of the very run that they are of
     dataset: DatasetFacts
     split: SplitFacts
     settings: dict[str, Any]
