@@ -18,13 +18,13 @@ from moleblend_hf.blending_moleblend import (
     bond_path_labels,
     shortest_path_labels,
 )
+from moleblend_hf.heads_moleblend import MoleBlendPairProjection
 from moleblend_hf.modeling_moleblend import (
     DIRECTION_EPS,
     GAUSSIAN_PI,
     GAUSSIAN_WIDTH_OFFSET,
     MoleBlendForPreTraining,
     MoleBlendLayer,
-    MoleBlendPairProjection,
 )
 
 

@@ -19,17 +19,20 @@ from transformers import (
     AutoModel,
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoProcessor,
 )
 
-from .configuration_moleblend import MoleBlendConfig
+from .configuration_moleblend import MoleBlendConfig, MoleBlendEnsembleConfig
 from .graphs_moleblend import FlatGraphs, MolecularGraph, PairRelations
 from .modeling_moleblend import (
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendModel,
     MoleBlendPreTrainedModel,
 )
+from .modeling_moleblend_ensemble import MoleBlendEnsembleForSequenceClassification
 from .molecules_moleblend import MoleculeError, read_sdf
 from .processing_moleblend import MoleBlendProcessor
 
@@ -37,14 +40,22 @@ AutoConfig.register("moleblend", MoleBlendConfig)
 AutoModel.register(MoleBlendConfig, MoleBlendModel)
 AutoModelForPreTraining.register(MoleBlendConfig, MoleBlendForPreTraining)
 AutoModelForSequenceClassification.register(MoleBlendConfig, MoleBlendForSequenceClassification)
+AutoModelForTokenClassification.register(MoleBlendConfig, MoleBlendForTokenClassification)
 AutoProcessor.register(MoleBlendConfig, MoleBlendProcessor)
 AutoFeatureExtractor.register(MoleBlendConfig, MoleBlendProcessor)
+AutoConfig.register("moleblend_ensemble", MoleBlendEnsembleConfig)
+AutoModelForSequenceClassification.register(MoleBlendEnsembleConfig, MoleBlendEnsembleForSequenceClassification)
+AutoProcessor.register(MoleBlendEnsembleConfig, MoleBlendProcessor)
+AutoFeatureExtractor.register(MoleBlendEnsembleConfig, MoleBlendProcessor)
 
 # A saved folder carries the code, so that it loads where this package is not installed.
 MoleBlendConfig.register_for_auto_class()
 MoleBlendModel.register_for_auto_class("AutoModel")
 MoleBlendForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 MoleBlendForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MoleBlendForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+MoleBlendEnsembleConfig.register_for_auto_class()
+MoleBlendEnsembleForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 MoleBlendProcessor.register_for_auto_class("AutoProcessor")
 
 __version__ = "0.1.0"
@@ -52,8 +63,11 @@ __version__ = "0.1.0"
 __all__ = [
     "FlatGraphs",
     "MoleBlendConfig",
+    "MoleBlendEnsembleConfig",
+    "MoleBlendEnsembleForSequenceClassification",
     "MoleBlendForPreTraining",
     "MoleBlendForSequenceClassification",
+    "MoleBlendForTokenClassification",
     "MoleBlendModel",
     "MoleBlendPreTrainedModel",
     "MoleBlendProcessor",

@@ -14,11 +14,22 @@
 """MoleBLEND model configuration."""
 
 import math
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
+
+logger = logging.get_logger(__name__)
+
+TARGET_TRANSFORMS = ("none", "log10", "signed_log10")
+# What describes one target each, and says nothing about others.
+PER_TARGET = ("target_means", "target_scales", "target_units", "target_transforms", "conformal_quantiles")
+PROCESSORS = {
+    "AutoProcessor": "processing_moleblend.MoleBlendProcessor",
+    "AutoFeatureExtractor": "processing_moleblend.MoleBlendProcessor",
+}
 
 
 @auto_docstring(checkpoint="moleblend-base")
@@ -91,12 +102,26 @@ class MoleBlendConfig(PreTrainedConfig):
         What the property head reads: `"graph_token"`, or every atom with the outputs pooled by `"mean"` or `"sum"`.
     classifier_dropout (`float`, *optional*, defaults to 0.0):
         Dropout in the property head.
+    target_transforms (`list[str]`, *optional*):
+        Transform of each regression target before it is standardised: `"none"`, `"log10"` or `"signed_log10"`
+        (`sign(y) * log10(1 + abs(y))`). Labels and outputs are in the targets' own units all the same.
     target_means (`list[float]`, *optional*):
-        Mean of each regression target, in its own unit. Outputs are `target_means + target_scales * head output`.
+        Mean of each regression target after its transform. Outputs are `target_means + target_scales * head output`, with
+        the transform undone.
     target_scales (`list[float]`, *optional*):
-        Standard deviation of each regression target, in its own unit; the loss is taken in these units.
+        Standard deviation of each regression target after its transform; the loss is taken in these units.
     target_units (`list[str]`, *optional*):
         Unit of each target, for people; the names of the targets are `id2label`.
+    conformal_coverage (`float`, *optional*):
+        Share of new molecules, alike to those of the calibration, whose true value the conformal intervals or sets hold.
+    conformal_quantiles (`list[float]`, *optional*):
+        What conformal calibration found for each target; `None` for a target that was not calibrated. Regression: half the
+        width of the interval, after the target's transform. Binary tasks: the largest `1 - probability` of a class in the
+        prediction set. Classes: the same, one entry.
+
+    A checkpoint is fine-tuned to other targets with `from_pretrained(folder, num_labels=3, ignore_mismatched_sizes=True)`:
+    what the folder says about its own targets (names, means, scales, units, transforms, conformal quantiles) is left
+    behind, with a warning, where another number of labels is asked for; all of them can be given in the same call.
 
     Example:
 
@@ -110,6 +135,16 @@ class MoleBlendConfig(PreTrainedConfig):
     """
 
     model_type = "moleblend"
+    # `save_pretrained` writes the entry of the saved class only; every folder carries the whole map instead, so that each
+    # auto class loads from it.
+    auto_classes = {
+        "AutoConfig": "configuration_moleblend.MoleBlendConfig",
+        "AutoModel": "modeling_moleblend.MoleBlendModel",
+        "AutoModelForPreTraining": "modeling_moleblend.MoleBlendForPreTraining",
+        "AutoModelForSequenceClassification": "modeling_moleblend.MoleBlendForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_moleblend.MoleBlendForTokenClassification",
+        **PROCESSORS,
+    }
 
     hidden_size: int = 768
     intermediate_size: int = 768
@@ -145,29 +180,42 @@ class MoleBlendConfig(PreTrainedConfig):
 
     readout: Literal["graph_token", "mean", "sum"] = "graph_token"
     classifier_dropout: float | int = 0.0
+    target_transforms: list[str] | tuple[str, ...] | None = None
     target_means: list[float | int] | tuple[float | int, ...] | None = None
     target_scales: list[float | int] | tuple[float | int, ...] | None = None
     target_units: list[str] | tuple[str, ...] | None = None
+    conformal_coverage: float | None = None
+    conformal_quantiles: list[float | int | None] | tuple[float | int | None, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # JSON has no tuples: a saved and reloaded config compares equal to the one that was saved.
         for name, value in vars(self).items():
             if isinstance(value, tuple):
                 setattr(self, name, list(value))
-        # `save_pretrained` writes the entry of the saved class only; every folder carries the whole map instead, so that
-        # each auto class loads from it. A map that is already there (a repository on the Hub) wins.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "configuration_moleblend.MoleBlendConfig",
-                "AutoModel": "modeling_moleblend.MoleBlendModel",
-                "AutoModelForPreTraining": "modeling_moleblend.MoleBlendForPreTraining",
-                "AutoModelForSequenceClassification": "modeling_moleblend.MoleBlendForSequenceClassification",
-                "AutoProcessor": "processing_moleblend.MoleBlendProcessor",
-                "AutoFeatureExtractor": "processing_moleblend.MoleBlendProcessor",
-            },
-        )
+        # A map that is already there (a repository on the Hub) wins.
+        kwargs.setdefault("auto_map", dict(self.auto_classes))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """As in transformers, but what is overridden is validated together with the rest, as one config."""
+        given = {field.name: kwargs[field.name] for field in fields(cls) if field.name in kwargs}
+        config_dict = {**config_dict, **given}
+        saved_names = config_dict.get("id2label")
+        num_labels = kwargs.get("num_labels")
+        if (
+            num_labels is not None
+            and saved_names is not None
+            and len(saved_names) != num_labels
+            and "id2label" not in given
+        ):
+            other_targets = {"id2label", "label2id", *PER_TARGET} - given.keys()
+            left_behind = sorted(name for name in other_targets if config_dict.pop(name, None) is not None)
+            logger.warning(
+                f"`num_labels={num_labels}` is not the number of targets of the checkpoint ({len(saved_names)}), so what it "
+                f"says about them is left behind: {left_behind}. Pass those that describe the new targets."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: raises `ValueError` for values that make no sense, with the remedy."""
@@ -231,20 +279,80 @@ class MoleBlendConfig(PreTrainedConfig):
             )
         if (self.target_means is None) != (self.target_scales is None):
             raise ValueError("`target_means` and `target_scales` belong together; give both or neither.")
-        for name in ("target_means", "target_scales", "target_units"):
+        if (self.conformal_coverage is None) != (self.conformal_quantiles is None):
+            raise ValueError("`conformal_coverage` and `conformal_quantiles` belong together; give both or neither.")
+        one_a_target = dict.fromkeys(PER_TARGET, self.num_labels)
+        if self.problem_type == "single_label_classification":
+            one_a_target["conformal_quantiles"] = 1
+        for name, length in one_a_target.items():
             values = getattr(self, name)
-            if values is not None and len(values) != self.num_labels:
-                raise ValueError(f"`{name}` has {len(values)} entries for {self.num_labels} labels; give one a label.")
-        if self.target_means is not None and self.target_scales is not None:
-            if not all(math.isfinite(mean) for mean in self.target_means):
-                raise ValueError(f"`target_means` is {list(self.target_means)}; each must be finite.")
-            if not all(0 < scale < math.inf for scale in self.target_scales):
-                raise ValueError(f"`target_scales` is {list(self.target_scales)}; each must be positive and finite.")
-            if self.problem_type not in (None, "regression"):
+            if values is not None and len(values) != length:
                 raise ValueError(
-                    f'`target_means` and `target_scales` scale regression targets, but `problem_type` is "{self.problem_type}"; '
-                    'drop them or set `problem_type="regression"`.'
+                    f"`{name}` has {len(values)} entries for {self.num_labels} labels; give {length}, or drop it with None."
+                )
+        for name in ("target_transforms", "target_means"):
+            if getattr(self, name) is not None and self.problem_type not in (None, "regression"):
+                raise ValueError(
+                    f'`{name}` is for regression targets, but `problem_type` is "{self.problem_type}"; '
+                    'drop it or set `problem_type="regression"`.'
+                )
+        for transform in self.target_transforms or ():
+            if transform not in TARGET_TRANSFORMS:
+                raise ValueError(
+                    f'`target_transforms` has "{transform}"; there are {", ".join(TARGET_TRANSFORMS)}, one a target.'
+                )
+        if not all(math.isfinite(mean) for mean in self.target_means or ()):
+            raise ValueError(f"`target_means` is {self.target_means}; each must be finite.")
+        if not all(0 < scale < math.inf for scale in self.target_scales or ()):
+            raise ValueError(f"`target_scales` is {self.target_scales}; each must be positive and finite.")
+        if self.conformal_coverage is not None and not 0 < self.conformal_coverage < 1:
+            raise ValueError(
+                f"`conformal_coverage` is {self.conformal_coverage}; give a share between 0 and 1, say 0.9."
+            )
+        for quantile in self.conformal_quantiles or ():
+            if quantile is not None and not 0 <= quantile < math.inf:
+                raise ValueError(
+                    f"`conformal_quantiles` has {quantile}; each must be a finite number of 0 or more, or None where a "
+                    "target was not calibrated."
                 )
 
 
-__all__ = ["MoleBlendConfig"]
+# It would ask for the docstrings of all inherited fields here, too.  # trf-ignore: TRF057
+@strict
+class MoleBlendEnsembleConfig(MoleBlendConfig):
+    r"""
+    Configuration of [`MoleBlendEnsembleForSequenceClassification`]: that of its members, and how many they are.
+
+    Args:
+        num_members (`int`, *optional*, defaults to 1):
+            Number of models in the ensemble. All else is shared by them: architecture, targets, scales.
+
+    Example:
+
+    ```python
+    >>> from moleblend_hf import MoleBlendEnsembleConfig, MoleBlendEnsembleForSequenceClassification
+
+    >>> configuration = MoleBlendEnsembleConfig(num_members=3, problem_type="regression", num_labels=1)
+    >>> model = MoleBlendEnsembleForSequenceClassification(configuration)
+    ```
+    """
+
+    model_type = "moleblend_ensemble"
+    auto_classes = {
+        "AutoConfig": "configuration_moleblend.MoleBlendEnsembleConfig",
+        "AutoModelForSequenceClassification": (
+            "modeling_moleblend_ensemble.MoleBlendEnsembleForSequenceClassification"
+        ),
+        **PROCESSORS,
+    }
+
+    num_members: int = 1
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation: as of a single model, and the number of members."""
+        super().validate_architecture()
+        if self.num_members < 1:
+            raise ValueError(f"`num_members` is {self.num_members}; set it to 1 or more.")
+
+
+__all__ = ["MoleBlendConfig", "MoleBlendEnsembleConfig"]

@@ -13,7 +13,7 @@
 # limitations under the License.
 """MoleBLEND: one transformer over the 2D graph and the 3D geometry of a molecule (arXiv 2307.06235).
 
-Read downward: constants, embeddings, the three pair relations, attention, layer, encoder, heads. Tensors are named and shaped
+Read downward: constants, embeddings, the three pair relations, attention, layer, encoder, models. Tensors are named and shaped
 as the processor returns them.
 """
 # B molecules, N padded atoms, L = N + 1 tokens (graph token first), H heads, D hidden size, P bonds on a path, K kernels.
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -52,13 +52,21 @@ from .blending_moleblend import (
     shortest_path_labels,
 )
 from .configuration_moleblend import MoleBlendConfig
+from .heads_moleblend import (
+    MoleBlendCoordinateDenoisingHead,
+    MoleBlendLayerNorm,
+    MoleBlendOuterProductPairHead,
+    MoleBlendPropertyHead,
+    MoleBlendRelativePositionHead,
+)
 from .rows_moleblend import RowSelection, cross_entropy_sum, drop_path, drop_values, gathers, masked_mean, masked_sum
+from .targets_moleblend import in_target_units, property_loss
 
 # PARITY: the original, like Transformer-M, writes pi as 3.14159 in `gaussian` (tests/test_parity.py).
 GAUSSIAN_PI = 3.14159
 # Added to each kernel's width, and to a distance before dividing by it.
 GAUSSIAN_WIDTH_OFFSET = 0.01
-DIRECTION_EPS, PAIR_NORM_EPS = 1e-5, 1e-12
+DIRECTION_EPS = 1e-5
 
 MODEL_INPUTS_DOCSTRING = r"""
     atom_features (`torch.LongTensor` of shape `(batch_size, num_atoms, 9)`):
@@ -77,15 +85,6 @@ MODEL_INPUTS_DOCSTRING = r"""
     coordinates_mask (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
         Which molecules have coordinates. Left out, all have.
 """
-
-
-class MoleBlendLayerNorm(nn.LayerNorm):
-    """Layer norm computed in fp32 whatever the dtype of its input, which it returns."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(
-            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        ).to(hidden_states.dtype)
 
 
 class MoleBlendAtomEmbedding(nn.Embedding):
@@ -558,105 +557,6 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         )
 
 
-def pair_products(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`Linear(outer(first_i, second_j))` without the outer products: `(B, N, p)` twice to `(B, N, N, C)`.
-
-    The map is bilinear, so `first` is contracted with `weight (C, p * p)` before it meets `second`.
-    """
-    contracted = first @ weight.unflatten(1, (first.shape[-1], -1)).permute(1, 0, 2).flatten(1).to(first.dtype)
-    contracted = contracted.unflatten(-1, (weight.shape[0], -1))  # (B, N, C, p)
-    return torch.matmul(second.unsqueeze(1), contracted.transpose(-1, -2)) + bias
-
-
-class MoleBlendPairProjection(nn.Module):
-    """The two projections of the atom states that a pair head multiplies."""
-
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__()
-        self.first_dense = nn.Linear(config.hidden_size, config.pair_head_size)
-        self.first_norm = MoleBlendLayerNorm(config.pair_head_size, eps=PAIR_NORM_EPS)
-        self.second_dense = nn.Linear(config.hidden_size, config.pair_head_size)
-        self.second_norm = MoleBlendLayerNorm(config.pair_head_size, eps=PAIR_NORM_EPS)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, atom_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, N, D)` to two times `(B, N, p)`."""
-        first = self.first_norm(self.act_fn(self.first_dense(atom_states)))
-        second = self.second_norm(self.act_fn(self.second_dense(atom_states)))
-        return first, second
-
-
-class MoleBlendOuterProductPairHead(nn.Module):
-    """Logits of each ordered pair of atoms from the outer product of two projections of their states."""
-
-    def __init__(self, config: MoleBlendConfig, num_classes: int):
-        super().__init__()
-        self.projection = MoleBlendPairProjection(config)
-        self.out_proj = nn.Linear(config.pair_head_size**2, num_classes)
-
-    def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D)` to `(B, N, N, num_classes)`."""
-        first, second = self.projection(atom_states)
-        return pair_products(first, second, self.out_proj.weight, self.out_proj.bias)
-
-
-class MoleBlendRelativePositionHead(nn.Module):
-    """Relative position of each ordered pair: two linear maps with nothing between, so their weights are multiplied first."""
-
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__()
-        self.projection = MoleBlendPairProjection(config)
-        self.dense = nn.Linear(config.pair_head_size**2, config.relative_position_hidden_size)
-        # CODEPATH: "direction" is the paper's and the original's checkpoints; "distance" is an ablation.
-        num_outputs = 3 if config.relative_position_target == "direction" else 1
-        self.out_proj = nn.Linear(config.relative_position_hidden_size, num_outputs)
-
-    def forward(self, atom_states: torch.Tensor) -> torch.Tensor:
-        """`(B, N, D)` to `(B, N, N, 3)` (direction) or `(B, N, N, 1)` (distance in angstrom)."""
-        weight = self.out_proj.weight @ self.dense.weight
-        bias = self.out_proj(self.dense.bias)
-        first, second = self.projection(atom_states)
-        return pair_products(first, second, weight, bias)
-
-
-class MoleBlendCoordinateDenoisingHead(nn.Module):
-    """A vector for each atom: attention over the atoms whose probabilities weigh the directions to them.
-
-    `out_c = w_c . concat_h(sum_j p_hij u_ijc v_hj) + b_c` with values `v = W_v x`; `w_c` and `W_v` are contracted first, so
-    that the `(B, H, N, N, 3)` products are never built.
-    """
-
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.attention_dropout = config.attention_dropout
-        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, 3)
-
-    def forward(
-        self, atom_states: torch.Tensor, attention_bias: torch.Tensor, relative_directions: torch.Tensor
-    ) -> torch.Tensor:
-        """`(B, N, D)`, `(B, H, N, N)` and `(B, N, N, 3)` to `(B, N, 3)`."""
-        query = self.query_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key = self.key_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling + attention_bias
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        probabilities = drop_values(probabilities, self.attention_dropout, self.training)
-        out_weight = self.out_proj.weight.unflatten(1, (self.num_heads, -1))  # (3, H, D / H)
-        value_weight = self.value_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, D / H, D)
-        value_bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D / H)
-        weight = torch.einsum("chd,hde->hce", out_weight, value_weight).flatten(0, 1)
-        bias = torch.einsum("chd,hd->hc", out_weight, value_bias).flatten()
-        values = F.linear(atom_states, weight.to(atom_states.dtype), bias.to(atom_states.dtype))
-        values = values.unflatten(-1, (self.num_heads, 3))  # (B, N, H, 3)
-        # sum over the heads, a matrix product for each j: (B, j, i, H) @ (B, j, H, 3)
-        pair_vectors = torch.matmul(probabilities.permute(0, 3, 2, 1), values).transpose(1, 2)
-        return (pair_vectors * relative_directions).sum(2) + self.out_proj.bias
-
-
 @auto_docstring(custom_intro="Output of [`MoleBlendForPreTraining`].")
 @dataclass
 class MoleBlendForPreTrainingOutput(ModelOutput):
@@ -877,20 +777,6 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         )
 
 
-class MoleBlendPropertyHead(nn.Module):
-    """Two dense layers (the RoBERTa classification head without its layer norm)."""
-
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, len(config.id2label or ()))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.dropout(self.act_fn(self.dense(self.dropout(hidden_states)))))
-
-
 @auto_docstring(
     custom_intro="""
     MoleBLEND for molecular property prediction: regression with one or several targets, binary classification with one
@@ -904,34 +790,14 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         self.classifier = MoleBlendPropertyHead(config)
         self.post_init()
 
-    def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the labels that are there; 0 with zero gradient where none is."""
-        problem_type = self.config.problem_type
-        if problem_type is None:
-            is_class_index = not labels.is_floating_point() and outputs.shape[-1] > 1
-            problem_type = "single_label_classification" if is_class_index else "multi_label_classification"
-            problem_type = "regression" if outputs.shape[-1] == 1 else problem_type
-        outputs = outputs.float()
-        if problem_type == "single_label_classification":
-            total, count = cross_entropy_sum(outputs, labels.view(-1))
-            return total / count.clamp(min=1)
-        labels = labels.view(outputs.shape).to(outputs.dtype)
-        present = ~labels.isnan()
-        labels = labels.masked_fill(~present, 0)
-        if problem_type == "multi_label_classification":
-            return masked_mean(F.binary_cross_entropy_with_logits(outputs, labels, reduction="none"), present)
-        # CODEPATH: regression checkpoints fine-tuned with scaled targets; converted ones have none.
-        if self.config.target_scales is not None:
-            means, scales = map(labels.new_tensor, (self.config.target_means, self.config.target_scales))
-            labels = (labels - means) / scales
-        return masked_mean(F.mse_loss(outputs, labels, reduction="none"), present)
-
     @can_return_tuple
     @auto_docstring(
         custom_args=MODEL_INPUTS_DOCSTRING
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
         Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
+    label_weights (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
+        Weight of each label in the loss, shaped as `labels`. Left out, all weigh the same.
 """
     )
     def forward(
@@ -944,10 +810,11 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         coordinates: torch.Tensor | None = None,
         coordinates_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
-        `logits` are in the targets' own units for regression (`config.target_means` and `config.target_scales`).
+        `logits` are in the targets' own units for regression (`config.target_means`, `target_scales`, `target_transforms`).
 
         Example:
 
@@ -980,13 +847,84 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
             # CODEPATH: "mean" divides by the atoms, not by the padded length as the original does; "sum" does not.
             if self.config.readout == "mean":
                 logits = logits / atom_mask.sum(1, keepdim=True).clamp(min=1)
-        loss = None if labels is None else self._loss(logits, labels)
-        # CODEPATH: as in the loss, checkpoints fine-tuned with scaled targets.
-        if self.config.target_scales is not None:
-            means, scales = map(logits.new_tensor, (self.config.target_means, self.config.target_scales))
-            logits = logits * scales + means
+        loss = None if labels is None else property_loss(logits, labels, self.config, label_weights)
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=in_target_units(logits, self.config),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    MoleBLEND for the properties of atoms, charges or NMR shifts, say: regression, binary tasks or classes as in
+    [`MoleBlendForSequenceClassification`], for each atom. Missing labels, and those of padding, are NaN (-100 for classes).
+    """
+)
+class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__(config)
+        self.moleblend = MoleBlendModel(config)
+        self.classifier = MoleBlendPropertyHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(
+        custom_args=MODEL_INPUTS_DOCSTRING
+        + r"""
+    labels (`torch.Tensor` of shape `(batch_size, num_atoms, num_labels)`, *optional*):
+        Targets of each atom in their own units, or 0 / 1; NaN where missing and in padding; `(batch_size, num_atoms)` will
+        do for one target. For classes `(batch_size, num_atoms)`, -100 where missing and in padding.
+    label_weights (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_labels)`, *optional*):
+        Weight of each label in the loss, shaped as `labels`. Left out, all weigh the same.
+"""
+    )
+    def forward(
+        self,
+        atom_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        degree: torch.Tensor | None = None,
+        shortest_path_distance: torch.Tensor | None = None,
+        path_bond_types: torch.Tensor | None = None,
+        coordinates: torch.Tensor | None = None,
+        coordinates_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        `logits (batch_size, num_atoms, num_labels)` are in the order of the atoms given, in the targets' own units for
+        regression. Those of padding mean nothing.
+
+        Example:
+
+        ```python
+        >>> from moleblend_hf import MoleBlendConfig, MoleBlendForTokenClassification, MoleBlendProcessor
+
+        >>> config = MoleBlendConfig(num_labels=1, problem_type="regression")
+        >>> processor, model = MoleBlendProcessor(), MoleBlendForTokenClassification(config)
+        >>> model(**processor(["CCO", "c1ccccc1"], return_tensors="pt")).logits.shape
+        torch.Size([2, 6, 1])
+        ```
+        """
+        outputs = self.moleblend(
+            atom_features,
+            attention_mask=attention_mask,
+            degree=degree,
+            shortest_path_distance=shortest_path_distance,
+            path_bond_types=path_bond_types,
+            coordinates=coordinates,
+            coordinates_mask=coordinates_mask,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 1:])
+        loss = None if labels is None else property_loss(logits, labels, self.config, label_weights)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=in_target_units(logits, self.config),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -994,6 +932,7 @@ __all__ = [
     "MoleBlendForPreTraining",
     "MoleBlendForPreTrainingOutput",
     "MoleBlendForSequenceClassification",
+    "MoleBlendForTokenClassification",
     "MoleBlendModel",
     "MoleBlendModelOutput",
     "MoleBlendPreTrainedModel",

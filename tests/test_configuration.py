@@ -59,7 +59,7 @@ def test_saved_and_loaded_configs_are_equal(tmp_path):
                 "num_labels": 2,
                 "problem_type": "multi_label_classification",
             },
-            "scale regression targets",
+            "`target_means` is for regression targets",
         ),
     ],
 )

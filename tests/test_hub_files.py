@@ -20,10 +20,14 @@ from moleblend_hf import (
 )
 
 PACKAGE = Path(moleblend_hf.__file__).parent
-HUB_FILES = sorted(path for path in PACKAGE.glob("*_moleblend.py"))
+HUB_FILES = sorted(PACKAGE.glob("*_moleblend*.py"))
 # The loader asks for every third-party import of the modeling file and of what it imports.
 MODELING_IMPORTS = {"torch", "transformers", *sys.stdlib_module_names}
-MODELING_SIBLINGS = {"configuration_moleblend", "blending_moleblend", "rows_moleblend"}
+MODELING_PREFIXES = ("modeling_", "blending_", "heads_", "rows_", "targets_")
+MODELING_SIBLINGS = {
+    *("configuration_moleblend", "blending_moleblend", "heads_moleblend", "rows_moleblend", "targets_moleblend"),
+    "modeling_moleblend",
+}
 LOOKS_RELATIVE = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 
 
@@ -48,7 +52,7 @@ def hub_file_violations(path: Path) -> list[str]:
                 found.append(f"line {node.lineno}: absolute import of this package")
             elif name == "__future__" and stem.startswith(("modeling_", "configuration_")):
                 found.append(f"line {node.lineno}: `from __future__` breaks the detection of configs")
-            elif stem.startswith(("modeling_", "blending_", "rows_")) and root not in MODELING_IMPORTS:
+            elif stem.startswith(MODELING_PREFIXES) and root not in MODELING_IMPORTS:
                 found.append(f"line {node.lineno}: modeling may not import {name!r}")
     if stem.startswith("modeling_") and siblings - MODELING_SIBLINGS:
         found.append(f"modeling imports {sorted(siblings - MODELING_SIBLINGS)}")
