@@ -11,7 +11,7 @@ from rdkit import Chem, rdBase
 from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
-from metrics import BINARY, CLASSES, REGRESSION
+from metrics import BINARY, REGRESSION
 
 RADIUS = 2  # bonds
 NUM_BITS = 2048
@@ -50,11 +50,11 @@ def fingerprint_baseline(
     smiles: Sequence[str],
     problem_type: str,
     seed: int,
-    names: Sequence[str],
-    num_classes: int = 2,
-    num_threads: int = 1,
-) -> tuple[np.ndarray, list[str]]:
-    """Predictions for `smiles` as a model's would be, and a sentence for each target without a forest.
+    num_classes: int | None = None,
+) -> np.ndarray:
+    """Predictions for `smiles` as a model's would be: (m, T) values or probabilities of class 1, or (m, C) of classes.
+
+    A target whose training labels are all equal is predicted to be so; one without any is NaN.
 
     Args:
         train_smiles: molecules to train on.
@@ -62,33 +62,23 @@ def fingerprint_baseline(
         smiles: m molecules to predict.
         problem_type: regression, multi_label_classification or single_label_classification.
         seed: of the forests.
-        names: of the targets, for the sentences.
-        num_classes: of single_label_classification.
-        num_threads: that grow trees; the forest does not depend on it.
-
-    Returns:
-        (m, T) values or probabilities of class 1, or (m, C) probabilities. A target whose training labels are all equal is
-        predicted to be so, one without any is NaN.
+        num_classes: C, of single_label_classification.
     """
     train_features, features = fingerprints(train_smiles), fingerprints(smiles)
-    width = num_classes if problem_type == CLASSES else 1
-    notes, columns = [], []
-    for name, label in zip(names, train_labels.T, strict=True):
+    columns = []
+    for label in train_labels.T:
         known = ~np.isnan(label)
         if not known.any():
-            notes.append(f"{name}: no training label, so nothing is predicted.")
-            columns.append(np.full((len(smiles), width), np.nan))
+            columns.append(np.full((len(smiles), num_classes or 1), np.nan))
             continue
-        if np.ptp(label[known]) == 0:
-            notes.append(f"{name}: all training labels are {label[known][0]:g}, and so are all predictions.")
         if problem_type == REGRESSION:
             # A third of the bits at a split: no worse than all of them, and three times as fast.
-            regressor = RandomForestRegressor(NUM_TREES, max_features=1 / 3, random_state=seed, n_jobs=num_threads)
+            regressor = RandomForestRegressor(NUM_TREES, max_features=1 / 3, random_state=seed)
             columns.append(regressor.fit(train_features[known], label[known]).predict(features)[:, None])
         else:
-            classifier = RandomForestClassifier(NUM_TREES, random_state=seed, n_jobs=num_threads)
+            classifier = RandomForestClassifier(NUM_TREES, random_state=seed)
             classifier.fit(train_features[known], label[known].astype(int))
-            probabilities = np.zeros((len(smiles), num_classes))
+            probabilities = np.zeros((len(smiles), num_classes or 2))
             probabilities[:, classifier.classes_] = classifier.predict_proba(features)
             columns.append(probabilities[:, 1:] if problem_type == BINARY else probabilities)
     return np.hstack(columns), notes

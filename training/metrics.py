@@ -117,6 +117,43 @@ def class_metrics(
     return _summary({name: found})
 
 
+def score(problem_type: str, labels: np.ndarray, values: np.ndarray, metric: str) -> float:
+    """The mean of one metric over the targets, by which an epoch can be chosen; an error where it is undefined.
+
+    Args:
+        problem_type: of the config.
+        labels: (n, T), NaN where missing.
+        values: (n, T) or, of classes, (n, C).
+        metric: of `METRICS`.
+    """
+    found = all_metrics(problem_type, labels, values, [f"target {column}" for column in range(labels.shape[1])])
+    if (value := found["mean"][metric]) is None:
+        reasons = sorted({entry["reason"] for entry in found["undefined"] if entry["metric"] == metric})
+        raise ValueError(
+            f"{TITLES[metric]} is undefined for every target of these {len(labels)} molecules ({'; '.join(reasons)}). "
+            "Split the data another way, so that each part has labels of both kinds, or choose another metric."
+        )
+    return float(value)
+
+
+def all_metrics(
+    problem_type: str,
+    labels: np.ndarray,
+    values: np.ndarray,
+    names: Sequence[str],
+    units: Sequence[str | None] | None = None,
+    lower: np.ndarray | None = None,
+    upper: np.ndarray | None = None,
+    prediction_sets: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The metrics of a problem type, as the functions above give them."""
+    if problem_type == REGRESSION:
+        return regression_metrics(labels, values, names, units, lower, upper)
+    if problem_type == BINARY:
+        return binary_metrics(labels, values, names, prediction_sets)
+    return class_metrics(labels[:, 0], values, names[0], prediction_sets)
+
+
 def over_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation (None of one seed) of each figure over results of the functions above."""
     return {
@@ -136,7 +173,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _spreads(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    metrics = [name for name in figures[0] if name in TITLES]
+    metrics = [name for name in figures[0] if name in TITLES and all(name in figure for figure in figures)]
     return {name: spread([figure[name] for figure in figures]) for name in metrics}
 
 

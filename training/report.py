@@ -44,7 +44,6 @@ class Run:
     validation: SplitPredictions | None = None  # None: an evaluation of a model that was selected elsewhere
     seconds: float | None = None  # of training
     epochs: int | None = None  # after which the model was taken
-    notes: tuple[str, ...] = ()  # what else has to be known, a sentence each
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ class Experiment:
     target_names: list[str]  # single_label_classification: the one target
     target_units: list[str | None]
     runs: list[Run]  # in the order of the table's rows
-    reported: str  # name of the runs that the folder's weights are of: the card is about these
-    reported_seed: int | None  # of the very run that they are of
+    reported: str  # name of the runs that the card is about; the folder has the weights of the first of them
     dataset: DatasetFacts
     split: SplitFacts
     settings: dict[str, Any]
