@@ -25,7 +25,7 @@ from moleblend_hf.blending_moleblend import (
 )
 
 ATOMS_AT_MOST = 1 << 12  # numbers of atoms go into a counter of that base, whatever a batch is padded to
-PAIRS, ATOMS, NOISE = 1, 2, 3  # what is drawn; each has numbers of its own
+PAIRS, ATOMS, NOISE, CONFORMER = 1, 2, 3, 4  # what is drawn; each has numbers of its own
 HELD_OUT_EPOCH = 1 << 62  # whose draws no epoch of training has
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -68,6 +68,21 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
             f"{'Add the key there or give the flag' if path else 'Give the flag'}."
         )
     return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The command line that gives these settings; None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict) and value:
+            flags += [f"--{name}", *(f"{key}={item}" for key, item in value.items())]
+        elif isinstance(value, list) and value:
+            flags += [f"--{name}", ",".join(map(str, value))]
+        elif value is not None and not isinstance(value, dict | list):
+            flags += [f"--{name}", str(value)]
+    return flags
 
 
 def _shown_default(field: dataclasses.Field[Any], default_config: Path | None) -> str:

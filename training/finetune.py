@@ -1,0 +1,676 @@
+r"""Fine-tune MoleBLEND on measured or computed properties, and report honestly how good it is.
+
+A table        python training/finetune.py --model FOLDER --input my.csv --smiles_column SMILES --targets pIC50 --output_dir OUT
+Binary tasks   ... --task classification --targets active,toxic        (cells 0 or 1, empty where not measured)
+Geometries     ... --input my.sdf --targets gap                        (an SDF with 3D; or --modality 2d+3d to make conformers)
+A dataset      ... --input data/qm9 --targets gap,mu                   (a folder that preprocess.py wrote, or its name on the Hub)
+Three seeds    ... --seeds 3 --from_scratch also                       (an ensemble of three; the same from random weights beside it)
+A recipe       ... --config training/configs/finetune_moleculenet.yaml
+Eight GPUs     accelerate launch --multi_gpu --num_processes 8 training/finetune.py ...
+
+Every choice (the epoch, with --search_trials the learning rate and others) is made on the validation part. The test part is
+predicted once, by what validation chose; a random forest on ECFP4 fingerprints is trained on the same parts and stands beside
+it. OUT is a folder for the Hub: model (an ensemble if there are several), processor, card, metrics.json, pictures. Every
+setting below is a key of the YAML file and a flag; a flag wins.
+"""
+
+import dataclasses
+import logging
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, gather_object, set_seed
+from sklearn.model_selection import GroupKFold
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+import preprocess
+from batches import Budget, StepBatches, fitting
+from calibration import conformal_quantiles
+from data import ABOUT, GraphRows, PreprocessedDataset, open_dataset
+from fingerprints import fingerprint_baseline
+from labels import Labelled, check_labels, graphs_of, labelled
+from metrics import score
+from moleblend_hf import (
+    MoleBlendConfig,
+    MoleBlendEnsembleForSequenceClassification,
+    MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
+    MoleBlendProcessor,
+)
+from moleblend_hf.molecules_moleblend import MODALITIES
+from moleblend_hf.prediction_moleblend import predict_graphs
+from objective import CONFORMER, molecule_seeds, uniform
+from optimization import freeze, parameter_groups
+from report import (
+    BASELINE,
+    ENSEMBLE,
+    FROM_SCRATCH,
+    MODEL,
+    DatasetFacts,
+    Experiment,
+    Run,
+    SplitFacts,
+    SplitPredictions,
+    write_report,
+)
+from reporting import environment
+from rows import flat_graphs
+from settings import as_flags, load_settings, setting
+from sources import source_of
+from splits import SPLITS
+from tasks import PROBLEM_TYPES, Task, transformed_labels
+
+HERE = Path(__file__).parent
+PARTS = ("train", "validation", "test")
+SELECTED_BY = {"regression": "rmse", "classification": "roc_auc", "classes": "accuracy"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class FinetuningSettings:
+    """Settings of a fine-tuning; those without a default stand in the recipe, or have to be given."""
+
+    description: str = setting("run", "what this recipe is; printed before it starts", "")
+    output_dir: str = setting("run", "where everything is written", "outputs/finetune")
+    overwrite: bool = setting("run", "delete what is in OUTPUT_DIR", False)
+    num_proc: int = setting("run", "processes that featurize", 1)
+
+    model: str = setting("model", "checkpoint folder, or its name on the Hub: pretrained, or fine-tuned before")
+    model_settings: dict[str, Any] = setting(
+        "model", "fields of MoleBlendConfig to change, e.g. readout=mean classifier_dropout=0.1", {}
+    )
+    from_scratch: str = setting(
+        "model", "the same model from random weights: not at all, for comparison, or nothing else",
+        "no", choices=("no", "also", "only"),
+    )  # fmt: skip
+    frozen_layers: int = setting("model", "leave the embeddings and so many of the lowest layers as they are", 0)
+
+    input: str = setting("data", "CSV, TSV, SMI, SDF or Parquet file, or a preprocessed dataset (folder, Hub name)")
+    source: str | None = setting("data", "layout of a file, as in preprocess.py; else by its ending", None)
+    smiles_column: str | None = setting("data", "column of the SMILES; else guessed from its name", None)
+    targets: list[str] | None = setting("data", "columns to predict, A,B; else all targets of the dataset", None)
+    task: str | None = setting("data", "what they are; else what the dataset says", None, choices=tuple(PROBLEM_TYPES))
+    transforms: dict[str, str] = setting(
+        "data", "learn a target on another scale: --transforms ic50=log10, or signed_log10", {}
+    )
+    modality: str = setting(
+        "data", "auto: given geometries, else 2D; 2d; 2d+3d: conformers where there are none; 3d", "auto",
+        choices=MODALITIES,
+    )  # fmt: skip
+    num_conformers: int = setting("data", "conformers to make; training draws one, predictions average over all", 1)
+    split: str | None = setting(
+        "data", "of a file into training, validation and test", "scaffold", choices=("given", *SPLITS)
+    )
+    split_seed: int = setting("data", "seed of the splits that draw, and of the folds", 0)
+    preprocessing: dict[str, Any] = setting(
+        "data", "further settings of preprocess.py for a file, e.g. split_column=set units='{gap: hartree}'", {}
+    )
+    max_training_molecules: int | None = setting("data", "train on so many, drawn with SPLIT_SEED", None)
+
+    seeds: int = setting("optimization", "models to train, with the seeds SEED, SEED + 1 ...; saved as an ensemble", 1)
+    folds: int | None = setting(
+        "optimization", "instead: one model a fold of training and validation molecules, validated on its fold", None
+    )
+    seed: int = setting("optimization", "of new weights, batch order, dropout and conformers", 0)
+    epochs: int = setting("optimization", "at most; the schedule is made for them")
+    patience: int = setting("optimization", "epochs without a better validation score, then stop")
+    max_minutes: float | None = setting("optimization", "of training for each model, then stop", None)
+    batch_size: int = setting("optimization", "molecules an optimizer step, over all processes")
+    learning_rate: float = setting("optimization", "peak, of the head")
+    layer_decay: float = setting("optimization", "each layer learns so many times as fast as the one above", 1.0)
+    warmup_fraction: float = setting("optimization", "of the steps, from 0 to the peak; then cosine to 0", 0.1)
+    weight_decay: float = setting("optimization", "AdamW's, of matrices", 0.0)
+    max_grad_norm: float = setting("optimization", "clip the gradient to this norm", 5.0)
+    class_weights: str = setting(
+        "optimization", "balanced: both classes of a task weigh as much", "none", choices=("none", "balanced")
+    )
+    mixed_precision: str | None = setting(
+        "optimization", "arithmetic; left out, what accelerate launch says", None, choices=("no", "fp16", "bf16")
+    )
+    max_tokens: int = setting("optimization", "padded tokens (atoms + 1) of the molecules in one forward", 16_384)
+    max_pairs: int = setting("optimization", "padded pairs of tokens in one forward", 400_000)
+    search_trials: int = setting("optimization", "settings that Optuna tries first, judged on validation", 0)
+
+    baseline: bool = setting("evaluation", "train a random forest on ECFP4 fingerprints beside it", True)
+    coverage: float = setting("evaluation", "of the conformal intervals or sets, calibrated on validation", 0.9)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read."""
+        for name in ("seeds", "epochs", "patience", "batch_size", "num_conformers", "num_proc"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.folds is not None and (self.folds < 2 or self.seeds > 1):
+            raise ValueError(
+                f"folds must be 2 or more, with one model for each, got {self.folds} and {self.seeds} seeds."
+            )
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage must lie between 0 and 1, got {self.coverage}.")
+
+
+def parse_args(argv: list[str] | None = None) -> FinetuningSettings:
+    """Settings from the YAML file and the flags."""
+    return load_settings(FinetuningSettings, __doc__, HERE / "configs" / "finetune.yaml", argv)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """All rows of a dataset, which of them are in which part, and their labels."""
+
+    rows: datasets.Dataset
+    labelled: Labelled
+    parts: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, dataset: PreprocessedDataset, names: tuple[str, ...]) -> "Data":
+        """The training, validation and test rows, one part after the other."""
+        if missing := [part for part in PARTS if part not in dataset.splits]:
+            raise ValueError(
+                f"The dataset {dataset.name!r} has no part {missing[0]!r}; it has {', '.join(dataset.splits)}. Preprocess it "
+                "with --split scaffold (or another), or name the column that holds the part with --split_column."
+            )
+        rows = datasets.concatenate_datasets([dataset.splits[part] for part in PARTS])
+        stops = np.cumsum([0, *(len(dataset.splits[part]) for part in PARTS)])
+        parts = {part: np.arange(*stops[index : index + 2]) for index, part in enumerate(PARTS)}
+        return cls(rows, labelled(rows, names), parts)
+
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """(n, T) of some rows; of their atoms one after the other if the targets are of atoms."""
+        if self.labelled.num_atoms is None:
+            return self.labelled.labels[rows]
+        of_molecules = self.labelled.of_atoms()
+        return np.concatenate([of_molecules[row] for row in rows])
+
+    def with_labels(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows that have any label."""
+        if self.labelled.num_atoms is None:
+            return rows[~np.isnan(self.labelled.labels[rows]).all(1)]
+        of_molecules = self.labelled.of_atoms()
+        return np.array([row for row in rows if not np.isnan(of_molecules[row]).all()], dtype=int)
+
+    def predicted(self, rows: np.ndarray, values: np.ndarray, **intervals: np.ndarray | None) -> SplitPredictions:
+        """What was predicted for some rows, with their labels, as the report takes it."""
+        ids, smiles = ([column[row] for row in rows] for column in (self.labelled.ids, self.labelled.smiles))
+        if self.labelled.num_atoms is not None:
+            sizes = self.labelled.num_atoms[rows]
+            ids = [f"{name}:{atom}" for name, size in zip(ids, sizes, strict=True) for atom in range(size)]
+            smiles = [text for text, size in zip(smiles, sizes, strict=True) for _ in range(size)]
+        return SplitPredictions(ids=ids, smiles=smiles, labels=self.labels(rows), values=values, **intervals)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A model with the weights that validation chose."""
+
+    model: PreTrainedModel
+    score: float  # of validation; higher is better
+    epochs: int  # after which it was taken
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finetuning:
+    """What the models of a run share."""
+
+    accelerator: Accelerator
+    settings: FinetuningSettings
+    data: Data
+    task: Task
+    processor: MoleBlendProcessor
+    target_values: dict[str, Any]  # of the config: the members of an ensemble share scales
+
+    def new_model(self, seed: int, from_scratch: bool) -> PreTrainedModel:
+        """The model to train, from the checkpoint or from random weights; what is not from the checkpoint is printed."""
+        settings = self.settings
+        stored = MoleBlendConfig.from_pretrained(settings.model)
+        if isinstance(stored, MoleBlendConfig) and stored.model_type != MoleBlendConfig.model_type:
+            raise ValueError(f"{settings.model!r} is an ensemble. Choose one of its members in its folder members/.")
+        values = self.target_values
+        continued = not from_scratch and (stored.id2label, stored.problem_type, stored.target_transforms) == (
+            values["id2label"],
+            values["problem_type"],
+            values["target_transforms"],
+        )
+        if continued:  # the head goes on in the units that it has learned
+            values = values | {"target_means": stored.target_means, "target_scales": stored.target_scales}
+        config = MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings})
+        of_atoms = self.data.labelled.num_atoms is not None
+        model_class = MoleBlendForTokenClassification if of_atoms else MoleBlendForSequenceClassification
+        set_seed(seed)
+        if from_scratch:
+            return model_class(config)
+        model, loading = model_class.from_pretrained(  # type: ignore[misc]  # a pair with output_loading_info
+            settings.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+        if lost := [name for name in new if name.startswith("moleblend.")]:
+            raise ValueError(
+                f"{settings.model!r} gives no weights for {len(lost)} parts of the encoder, the first {lost[0]}. It is no "
+                "checkpoint of this model, or model_settings change its sizes; those work with --from_scratch only."
+            )
+        self.accelerator.print(
+            f"  not in the checkpoint, so new: {', '.join(new) or 'nothing; its head is continued'}"
+        )
+        return model
+
+    def parts_of_step(self, rows: GraphRows, positions: list[list[int]], seed: int, epoch: int) -> Iterator[dict]:
+        """The batches of this process for an optimizer step, each molecule with one of its conformers drawn."""
+        for table, numbers in rows.__getitems__(positions):
+            graphs = flat_graphs(table)
+            draws = uniform(torch.from_numpy(molecule_seeds(seed, epoch, numbers)), CONFORMER, torch.zeros(1).long())
+            drawn = (draws[:, 0].numpy() * graphs.num_conformers).astype(int)
+            batch = dict(self.processor.pad(graphs, conformer_index=drawn))
+            labels = self.data.labels(numbers)
+            if self.data.labelled.num_atoms is not None:
+                padded = np.full((*batch["attention_mask"].shape, labels.shape[1]), np.nan)
+                padded[batch["attention_mask"].bool().numpy()] = labels
+                labels = padded
+            batch["labels"] = torch.from_numpy(labels).float()
+            batch["label_weights"] = torch.ones_like(batch["labels"])
+            yield batch
+
+    def weigh(self, batch: dict[str, torch.Tensor], class_weights: np.ndarray | None) -> float:
+        """Give each label its weight, classes the form that the model takes, and return the sum of the weights."""
+        labels = batch["labels"]
+        known = ~labels.isnan()
+        if class_weights is not None:
+            indices = labels.nan_to_num().long()
+            targets = torch.arange(labels.shape[-1]).expand_as(indices)
+            batch["label_weights"] = torch.from_numpy(class_weights).float()[targets, indices]
+        if self.task.kind == "classes":
+            batch["labels"] = torch.where(known, labels, -100).long().squeeze(-1)
+        return float(batch["label_weights"][known].sum())
+
+    def class_weights(self, labels: np.ndarray) -> np.ndarray | None:
+        """(T, C) weight of each class of each target: n / (C n_class), so that classes weigh as much as each other."""
+        if self.settings.class_weights == "none" or self.task.kind == "regression":
+            return None
+        num_classes = max(2, len(self.task.class_names))
+        counts = np.stack([(labels == index).sum(0) for index in range(num_classes)], axis=1)
+        return counts.sum(1, keepdims=True) / (num_classes * np.maximum(counts, 1))
+
+    def predict(self, model: PreTrainedModel, rows: np.ndarray) -> np.ndarray:
+        """Predictions for some rows, averaged over their conformers; the processes share the work."""
+        accelerator, budget = self.accelerator, (self.settings.max_tokens, self.settings.max_pairs)
+        share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
+        found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), *budget).values
+        if accelerator.num_processes == 1:
+            return found
+        if self.data.labelled.num_atoms is not None:
+            raise ValueError("Targets of atoms are trained on one process.")
+        shares = gather_object([(share, found)])
+        values = np.empty((len(rows), found.shape[1]))
+        for positions, part in shares:
+            values[positions] = part
+        return values
+
+    def score(self, labels: np.ndarray, values: np.ndarray, scales: np.ndarray) -> float:
+        """What the epoch is chosen by; higher is better. Errors of several targets are added in units of their spread."""
+        name = SELECTED_BY[self.task.kind]
+        if self.task.kind == "regression":
+            return -score(self.task.problem_type, labels / scales, values / scales, name)
+        return score(self.task.problem_type, labels, values, name)
+
+    def train(
+        self, training_rows: np.ndarray, validation_rows: np.ndarray, seed: int, from_scratch: bool, title: str
+    ) -> Trained:
+        """Train a model and return it as it was after the epoch with the best validation score."""
+        accelerator, settings, device = self.accelerator, self.settings, self.accelerator.device
+        training_rows, validation_rows = map(self.data.with_labels, (training_rows, validation_rows))
+        training_labels, validation_labels = map(self.data.labels, (training_rows, validation_rows))
+        scales = np.nanstd(training_labels, axis=0)
+        scales[~(scales > 0)] = 1.0
+        class_weights = self.class_weights(training_labels)
+        rows = GraphRows(self.data.rows, training_rows)
+        budget = Budget(settings.max_tokens, settings.max_pairs)
+        fitting(rows, budget, "error")
+        batches = StepBatches(
+            rows.sizes(),
+            min(settings.batch_size, len(rows) // accelerator.num_processes * accelerator.num_processes),
+            budget,
+            seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        model = self.new_model(seed, from_scratch)
+        freeze(model, 0 if from_scratch else settings.frozen_layers)
+        set_seed(seed, device_specific=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, settings.learning_rate, settings.layer_decay, settings.weight_decay), fused=True
+        )
+        num_steps = settings.epochs * batches.steps_per_epoch
+        scheduler = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup_fraction * num_steps), num_steps)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+
+        best = Trained(model, -np.inf, 0, 0.0)
+        weights: dict[str, torch.Tensor] = {}
+        started = time.perf_counter()
+        steps = iter(batches)
+        progress = tqdm(total=num_steps, desc=title, unit="step", disable=not accelerator.is_main_process, leave=False)
+        for epoch in range(1, settings.epochs + 1):
+            wrapped.train()
+            for _ in range(batches.steps_per_epoch):
+                parts = list(self.parts_of_step(rows, next(steps), seed, epoch))
+                shares = torch.tensor([self.weigh(part, class_weights) for part in parts], device=device)
+                # The mean over the labels of the step, however it is cut; the gradients of the processes are averaged.
+                total = accelerator.reduce(shares.sum(), "sum").clamp(min=1e-12) / accelerator.num_processes
+                for index, part in enumerate(parts):
+                    part = {name: values.to(device, non_blocking=True) for name, values in part.items()}
+                    is_last = index == len(parts) - 1
+                    with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                        accelerator.backward(wrapped(**part).loss * (shares[index] / total))
+                accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                progress.update()
+
+            score = self.score(validation_labels, self.predict(model, validation_rows), scales)
+            seconds = time.perf_counter() - started
+            if score > best.score:
+                best = Trained(model, score, epoch, seconds)
+                weights = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
+            progress.set_postfix_str(
+                f"validation {SELECTED_BY[self.task.kind]} {abs(score):.4f}, best {abs(best.score):.4f}"
+            )
+            if epoch - best.epochs >= settings.patience:
+                break
+            if settings.max_minutes is not None and seconds > 60 * settings.max_minutes:
+                break
+        progress.close()
+        model.load_state_dict(weights)
+        accelerator.free_memory(wrapped, optimizer)
+        accelerator.print(
+            f"{title}: epoch {best.epochs} of {epoch}, validation {SELECTED_BY[self.task.kind]} {abs(best.score):.4f}, {seconds:.0f} s"
+        )
+        return dataclasses.replace(best, seconds=seconds)
+
+
+def is_preprocessed(name: str) -> bool:
+    """Whether this is a dataset that preprocess.py wrote, or a name on the Hub, and no file."""
+    return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1)
+
+
+def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> PreprocessedDataset:
+    """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for this processor."""
+    if is_preprocessed(settings.input):
+        return open_dataset(settings.input)
+    folder = Path(settings.output_dir, "data")
+    values: dict[str, Any] = {
+        "source": settings.source or source_of(settings.input),
+        "input": settings.input,
+        "output": str(folder),
+        "smiles_column": settings.smiles_column,
+        "targets": settings.targets,
+        "modality": settings.modality,
+        "num_conformers": settings.num_conformers,
+        "hydrogens": processor.hydrogens,
+        "canonical_atom_order": processor.canonical_atom_order,
+        "split": settings.split,
+        "split_seed": settings.split_seed,
+        "num_proc": settings.num_proc,
+    }
+    if settings.task is not None and settings.targets is not None:
+        values["tasks"] = dict.fromkeys(settings.targets, settings.task)
+    preprocess.main(as_flags(values | settings.preprocessing))
+    return open_dataset(folder)
+
+
+def task_of(settings: FinetuningSettings, dataset: PreprocessedDataset) -> Task:
+    """The task that the settings name, or that the dataset has."""
+    stored = {target["name"]: target for target in dataset.about["targets"]}
+    names = settings.targets or list(stored)
+    if unknown := [name for name in [*names, *settings.transforms] if name not in stored]:
+        raise ValueError(
+            f"The dataset {dataset.name!r} has no target {unknown[0]!r}. Its targets: {', '.join(stored) or 'none'}. Name "
+            "them with --targets."
+        )
+    if not names:
+        raise ValueError(f"The dataset {dataset.name!r} has no targets. Preprocess it with --targets.")
+    kinds = {stored[name]["task"] for name in names}
+    if settings.task is None and len(kinds) > 1:
+        raise ValueError(
+            f"The targets are of several tasks: {', '.join(sorted(kinds))}. Choose with --targets or --task."
+        )
+    kind = settings.task or kinds.pop()
+    if kind != "regression" and settings.transforms:
+        raise ValueError(f"transforms are for regression, but the task is {kind!r}. Leave them out.")
+    classes: list[str] = []
+    if kind == "classes":
+        classes = stored[names[0]].get("class_names") or []
+    return Task(
+        kind,
+        tuple(names),
+        tuple(stored[name]["unit"] for name in names),
+        tuple(settings.transforms.get(name, "none") for name in names) if settings.transforms else (),
+        tuple(classes),
+    )
+
+
+def fold_rows(data: Data, rows: np.ndarray, settings: FinetuningSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Training and validation rows of each fold; the rows of one molecule are in one fold."""
+    keys = [data.labelled.inchikeys[row] or data.labelled.smiles[row] for row in rows]
+    folds = GroupKFold(settings.folds, shuffle=True, random_state=settings.split_seed)
+    for training, validation in folds.split(rows, groups=keys):
+        yield rows[training], rows[validation]
+
+
+def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
+    """The settings with the best validation score among those that Optuna tried."""
+    import optuna
+
+    def objective(trial: optuna.Trial) -> float:
+        tried = {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
+            "batch_size": trial.suggest_categorical("batch_size", [16, 32, 64, 128]),
+            "layer_decay": trial.suggest_float("layer_decay", 0.6, 1.0),
+            "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True),
+        }
+        one = dataclasses.replace(finetuning, settings=dataclasses.replace(finetuning.settings, **tried))
+        title = f"trial {trial.number + 1} of {finetuning.settings.search_trials}"
+        return one.train(training, validation, finetuning.settings.seed, False, title).score
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=finetuning.settings.seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(objective, n_trials=finetuning.settings.search_trials)
+    finetuning.accelerator.print(f"best of {finetuning.settings.search_trials} trials: {study.best_params}")
+    return study.best_params
+
+
+def baseline_run(
+    finetuning: Finetuning, training: np.ndarray, validation: np.ndarray, test: np.ndarray, seed: int
+) -> Run:
+    """A random forest on fingerprints, trained on the same rows."""
+    data, task = finetuning.data, finetuning.task
+    smiles = np.array(data.labelled.smiles, dtype=object)
+    started = time.perf_counter()
+    values = fingerprint_baseline(
+        list(smiles[training]),
+        data.labels(training),
+        list(smiles[np.concatenate([validation, test])]),
+        task.problem_type,
+        seed,
+        num_classes=len(task.class_names) or None,
+    )
+    seconds = time.perf_counter() - started
+    parts = np.split(values, [len(validation)])
+    predicted = [data.predicted(rows, part) for rows, part in zip((validation, test), parts, strict=True)]
+    return Run(BASELINE, seed, validation=predicted[0], test=predicted[1], seconds=seconds)
+
+
+def calibrate(
+    config: MoleBlendConfig, labels: np.ndarray, values: np.ndarray, problem_type: str, coverage: float
+) -> None:
+    """Write into a config how wide its intervals, or how large its sets have to be."""
+    if problem_type == "regression":
+        labels, values = transformed_labels(labels, config), transformed_labels(values, config)
+    config.conformal_quantiles = conformal_quantiles(problem_type, labels, values, coverage)
+    config.conformal_coverage = coverage
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Fine-tune as the arguments say, and return what metrics.json holds."""
+    settings = parse_args(argv)
+    output_dir = Path(settings.output_dir)
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
+        raise FileExistsError(
+            f"{output_dir} is not empty. Choose another --output_dir, or delete it with --overwrite."
+        )
+    # Without geometries, the parameters of the distances get no gradient.
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "Fine-tuning keeps whole weights on each process. Launch it with --multi_gpu, without sharding."
+        )
+    if settings.search_trials and accelerator.num_processes > 1:
+        raise ValueError("search_trials needs one process. Search on one, then train with what it found.")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    # Data: the input becomes a dataset whose graphs are those that the checkpoint's processor makes.
+    processor = MoleBlendProcessor.from_pretrained(
+        settings.model, modality=settings.modality, num_conformers=settings.num_conformers
+    )
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            shutil.rmtree(output_dir, ignore_errors=True)
+            output_dir.mkdir(parents=True)
+            dataset = prepared(settings, processor)
+        else:
+            dataset = open_dataset(settings.input if is_preprocessed(settings.input) else output_dir / "data")
+    dataset.check(processor)
+    if not dataset.about["num_with_coordinates"]:
+        if settings.modality == "3d":
+            raise ValueError(f"The dataset {dataset.name!r} has no geometries, which modality='3d' needs.")
+        processor.modality = "2d"  # so that a geometry, which it never saw, is not read in prediction
+    task = task_of(settings, dataset)
+    data = Data.of(dataset, task.names)
+    training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
+    if settings.max_training_molecules is not None:
+        drawn = np.random.default_rng(settings.split_seed).permutation(len(training))
+        training = np.sort(training[drawn[: settings.max_training_molecules]])
+    for part, rows in zip(PARTS, (training, validation, test), strict=True):
+        if not len(rows):
+            raise ValueError(f"No molecule of the {part} part has a label. Split the data another way with --split.")
+    only_training = dataclasses.replace(
+        data.labelled, ids=[data.labelled.ids[row] for row in training], labels=data.labels(training),
+        num_atoms=None if data.labelled.num_atoms is None else data.labelled.num_atoms[training],
+    )  # fmt: skip
+    warnings = check_labels(task.kind, only_training)
+    if task.kind == "classes" and not task.class_names:
+        num_classes = int(np.nanmax(data.labels(np.concatenate([training, validation, test])))) + 1
+        task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
+    finetuning = Finetuning(accelerator, settings, data, task, processor, task.config_values(data.labels(training)))
+    accelerator.print(
+        f"{settings.description or 'Fine-tuning'}\n"
+        f"  data     {len(training):,} molecules to train on, {len(validation):,} for validation, {len(test):,} for the test, "
+        f"of {settings.input}\n"
+        f"  targets  {', '.join(task.names[:8])}{' ...' if len(task.names) > 8 else ''} ({task.kind})\n"
+        + "".join(f"  note     {text}\n" for text in warnings)
+        + f"  output   {output_dir}/"
+    )
+
+    if settings.search_trials:
+        found = searched(finetuning, training, validation)
+        settings = dataclasses.replace(settings, **found)
+        finetuning = dataclasses.replace(finetuning, settings=settings)
+
+    # The models: one a seed, or one a fold.
+    if settings.folds is None:
+        cuts = [(settings.seed + index, training, validation) for index in range(settings.seeds)]
+    else:
+        both = np.sort(np.concatenate([training, validation]))
+        cuts = [(index, *rows) for index, rows in enumerate(fold_rows(data, both, settings))]
+    runs: list[Run] = []
+    members: list[PreTrainedModel] = []
+    names = {"no": [MODEL], "also": [MODEL, FROM_SCRATCH], "only": [FROM_SCRATCH]}[settings.from_scratch]
+    unseen: list[np.ndarray] = []  # what each member predicts for its validation rows
+    for name in names:
+        for seed, training_rows, validation_rows in cuts:
+            title = f"{name}, {'fold' if settings.folds else 'seed'} {seed}"
+            trained = finetuning.train(training_rows, validation_rows, seed, name == FROM_SCRATCH, title)
+            values = [finetuning.predict(trained.model, rows) for rows in (validation_rows, test)]
+            predicted = [
+                data.predicted(rows, part) for rows, part in zip((validation_rows, test), values, strict=True)
+            ]
+            runs.append(Run(name, seed, predicted[1], predicted[0], seconds=trained.seconds, epochs=trained.epochs))
+            if name == names[0]:
+                members.append(trained.model.cpu())
+                unseen.append(values[0])
+    if not accelerator.is_main_process:
+        return {}
+
+    # One model of all members, calibrated on what they have not been trained on.
+    final, reported = members[0], names[0]
+    if len(members) > 1 and data.labelled.num_atoms is None:
+        final, reported = MoleBlendEnsembleForSequenceClassification.from_members(members), ENSEMBLE  # type: ignore[arg-type]
+    final = final.to(accelerator.device)
+    if settings.folds is None:
+        calibration_rows, calibration_values = validation, finetuning.predict(final, validation)
+    else:
+        calibration_rows = np.concatenate([rows for _, _, rows in cuts])
+        calibration_values = np.concatenate(unseen)
+    calibrate(final.config, data.labels(calibration_rows), calibration_values, task.problem_type, settings.coverage)
+    found_test = predict_graphs(final, processor, graphs_of(data.rows, test), settings.max_tokens, settings.max_pairs)
+    intervals = {"lower": found_test.lower, "upper": found_test.upper, "prediction_sets": found_test.prediction_sets}
+    final_run = Run(
+        reported,
+        None if reported == ENSEMBLE else settings.seed,
+        data.predicted(test, found_test.values, **intervals),
+        data.predicted(calibration_rows, calibration_values),
+        seconds=sum(run.seconds or 0 for run in runs if run.name == names[0]),
+    )
+    runs = (
+        [final_run, *runs] if reported == ENSEMBLE else [dataclasses.replace(runs[0], test=final_run.test), *runs[1:]]
+    )
+    if settings.baseline and data.labelled.num_atoms is None:
+        runs += [baseline_run(finetuning, trained_on, chosen_on, test, seed) for seed, trained_on, chosen_on in cuts]
+
+    for (seed, _, _), member in zip(cuts, members, strict=True):
+        if final is not member:
+            member.save_pretrained(output_dir / "members" / str(seed))
+            processor.save_pretrained(output_dir / "members" / str(seed))
+    final.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    arguments = sys.argv[1:] if argv is None else argv
+    experiment = Experiment(
+        problem_type=task.problem_type,
+        target_names=list(task.names),
+        target_units=list(task.units),
+        class_names=list(task.class_names) or None,
+        runs=runs,
+        reported=reported,
+        dataset=DatasetFacts.of(dataset, Path(settings.input).name),
+        split=SplitFacts.of(
+            dataset.about["settings"]["split"] or "given",
+            {part: data.rows.select(rows) for part, rows in zip(PARTS, (training, validation, test), strict=True)},
+            dataset.about["settings"]["split_seed"],
+            dataset.about["settings"]["split_fractions"],
+        ),
+        settings=dataclasses.asdict(settings),
+        command=shlex.join(["python", "training/finetune.py", *arguments]),
+        environment=environment(accelerator.device),
+        num_parameters=sum(parameter.numel() for parameter in final.parameters()),
+        selected_by=SELECTED_BY[task.kind],
+        conformal_coverage=settings.coverage,
+        base_model=None if settings.from_scratch == "only" else settings.model,
+    )
+    results = write_report(experiment, output_dir, final.config)  # type: ignore[arg-type]
+    print(f"Done. {output_dir}/ is a folder for the Hub; README.md in it says how good the model is.")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a fine-tuned model is to predict: targets, their units and transforms, and how a prediction is scored."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moleblend_hf import MoleBlendConfig
+from moleblend_hf.targets_moleblend import transformed
+
+# What a user calls a task, and what a config calls it.
+PROBLEM_TYPES = {
+    "regression": "regression",
+    "classification": "multi_label_classification",  # each target is a binary task
+    "classes": "single_label_classification",  # one target with several classes
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The targets of a fine-tuning."""
+
+    kind: str  # a key of PROBLEM_TYPES
+    names: tuple[str, ...]
+    units: tuple[str | None, ...]
+    transforms: tuple[str, ...] = ()  # of regression targets, as in MoleBlendConfig; (): none
+    class_names: tuple[str, ...] = ()  # of the one target of the kind "classes"
+
+    @property
+    def problem_type(self) -> str:
+        """As `config.problem_type` has it."""
+        return PROBLEM_TYPES[self.kind]
+
+    def config_values(self, labels: np.ndarray) -> dict[str, Any]:
+        """What a config says about these targets.
+
+        Args:
+            labels: (n, T) of the training molecules, NaN where missing; regression is scaled by their mean and standard
+                deviation, after the transform.
+        """
+        names = self.class_names or self.names
+        values: dict[str, Any] = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            "problem_type": self.problem_type,
+            "target_means": None,
+            "target_scales": None,
+            "target_units": None,
+            "target_transforms": None,
+            "conformal_coverage": None,
+            "conformal_quantiles": None,
+        }
+        if self.kind != "regression":
+            return values
+        values["target_units"] = [unit or "" for unit in self.units] if any(self.units) else None
+        values["target_transforms"] = list(self.transforms) or None
+        check_transforms(self, labels)
+        config = MoleBlendConfig(id2label=values["id2label"], target_transforms=values["target_transforms"])
+        scaled = transformed_labels(labels, config)
+        values["target_means"] = np.nanmean(scaled, axis=0).tolist()
+        deviations = np.nanstd(scaled, axis=0)
+        # A target that never varies is predicted as its one value.
+        values["target_scales"] = np.where(deviations > 0, deviations, 1.0).tolist()
+        return values
+
+
+def transformed_labels(labels: np.ndarray, config: MoleBlendConfig) -> np.ndarray:
+    """Labels (n, T) in own units as the head is trained on them, before scaling."""
+    return transformed(torch.from_numpy(labels), config).numpy()
+
+
+def check_transforms(task: Task, labels: np.ndarray) -> None:
+    """Raise where a label has no logarithm."""
+    for name, transform, values in zip(task.names, task.transforms, labels.T, strict=False):
+        smallest = np.nanmin(values, initial=np.inf)
+        if transform == "log10" and smallest <= 0:
+            raise ValueError(
+                f"Target {name!r} has the value {smallest:g}, of which there is no log10. Use --transforms "
+                f"{name}=signed_log10, which takes values of either sign, or leave it out."
+            )
