@@ -34,6 +34,8 @@ from .modeling_moleblend import (
 )
 from .modeling_moleblend_ensemble import MoleBlendEnsembleForSequenceClassification
 from .molecules_moleblend import MoleculeError, read_sdf
+from .pipeline_moleblend import MoleBlendPipeline
+from .prediction_moleblend import Predictions, embed_graphs, predict_graphs
 from .processing_moleblend import MoleBlendProcessor
 
 AutoConfig.register("moleblend", MoleBlendConfig)
@@ -69,10 +71,14 @@ __all__ = [
     "MoleBlendForSequenceClassification",
     "MoleBlendForTokenClassification",
     "MoleBlendModel",
+    "MoleBlendPipeline",
     "MoleBlendPreTrainedModel",
     "MoleBlendProcessor",
     "MolecularGraph",
     "MoleculeError",
     "PairRelations",
+    "Predictions",
+    "embed_graphs",
+    "predict_graphs",
     "read_sdf",
 ]

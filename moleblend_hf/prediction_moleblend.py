@@ -60,22 +60,12 @@ class Predictions:
 
 
 class GraphMemoryError(MemoryError):
-    """A graph that does not fit into memory even alone.
+    """A graph that does not fit into memory even alone: which one, and why, phrased to follow its name."""
 
-    Args:
-        index: of the graph in the list that was given.
-        num_atoms: it has.
-        device: that it did not fit.
-    """
-
-    def __init__(self, index: int, num_atoms: int, device: torch.device):
-        super().__init__(
-            f"Graph {index}, of {num_atoms} atoms, does not fit into the memory of {device} even alone. Leave it out, or use a "
-            "device with more memory."
-        )
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"Graph {index} {reason}. Leave it out, or use a device with more memory.")
         self.index = index
-        self.num_atoms = num_atoms
-        self.device = device
+        self.reason = reason
 
 
 def predict_graphs(
@@ -134,7 +124,7 @@ def predict_graphs(
         lower=lower,
         upper=upper,
         prediction_sets=prediction_sets,
-        modalities=[_modality(graph, processor.modality) for graph in graphs],
+        modalities=[shown_modality(graph, processor.modality) for graph in graphs],
     )
 
 
@@ -193,6 +183,13 @@ def target_names(config: Any) -> list[str]:
     return [config.id2label[index] for index in range(config.num_labels)]
 
 
+def shown_modality(graph: MolecularGraph, modality: str) -> str:
+    """Returns what a model of that modality is shown of a graph."""
+    if modality == "2d" or len(graph.coordinates) == 0:
+        return "2d"
+    return "3d" if modality == "3d" else "2d+3d"
+
+
 # Batches
 
 
@@ -234,7 +231,8 @@ def _over_conformers(
                     raise
                 if len(positions) == 1:
                     owner = int(owners[positions[0]])
-                    raise GraphMemoryError(owner, graphs[owner].num_atoms, model.device) from error
+                    reason = f"has {graphs[owner].num_atoms} atoms, which do not fit into the memory of {model.device} alone"
+                    raise GraphMemoryError(owner, reason) from error
             if results is None:  # here, where the exception no longer keeps the tensors of the batch alive
                 if model.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -272,13 +270,6 @@ def _interval(values: np.ndarray, quantiles: np.ndarray, config: Any) -> tuple[n
     """Returns the ends of intervals whose half widths are `quantiles` where the targets are transformed."""
     centre, half = transformed(torch.from_numpy(values), config), torch.from_numpy(quantiles)
     return untransformed(centre - half, config).numpy(), untransformed(centre + half, config).numpy()
-
-
-def _modality(graph: MolecularGraph, modality: str) -> str:
-    """Returns what a model of that modality is shown of a graph."""
-    if modality == "2d" or len(graph.coordinates) == 0:
-        return "2d"
-    return "3d" if modality == "3d" else "2d+3d"
 
 
 __all__ = ["GraphMemoryError", "Predictions", "embed_graphs", "predict_graphs"]

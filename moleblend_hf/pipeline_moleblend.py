@@ -1,0 +1,180 @@
+# Copyright 2026 The moleblend_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`pipeline("molecular-property-prediction")`: molecules to what a fine-tuned model predicts for them, or to embeddings."""
+
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForSequenceClassification, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .prediction_moleblend import (
+    GraphMemoryError,
+    Predictions,
+    embed_graphs,
+    predict_graphs,
+    prediction_type,
+    shown_modality,
+    target_names,
+)
+
+TASK = "molecular-property-prediction"
+OUTPUTS = ("prediction", "molecule_embedding", "atom_embeddings")
+
+
+class MoleBlendPipeline(Pipeline):
+    r"""
+    Predicts properties of molecules, or embeds them: one dict a molecule, in order. A molecule that cannot be read has an
+    `error` in its place and stops nothing.
+
+    `save_pretrained` saves the model, the processor and this code, so that the folder loads by
+    `pipeline(model=folder, trust_remote_code=True)` where this package is not installed.
+
+    Args:
+        model (`MoleBlendForSequenceClassification` or `MoleBlendEnsembleForSequenceClassification`): a fine-tuned model.
+        feature_extractor (`MoleBlendProcessor`): the processor of its checkpoint.
+        batch_size (`int`, *optional*, defaults to 64): molecules in a batch, at most.
+
+    Called with a molecule (SMILES, RDKit molecule or `(symbols, coordinates)`) or a list of them, and
+        output (`str`, *optional*, defaults to `"prediction"`): or `"molecule_embedding"` or `"atom_embeddings"`.
+
+    Returns a dict a molecule with
+        - **predictions** -- for each target, or each class, by its name: `value` in the target's own unit, or a probability;
+          `unit`, where there is one; `ensemble_spread` and `conformer_spread`, sample standard deviations, where there are
+          several; `lower` and `upper` ends of the conformal interval, or for a binary target the `prediction_set` of its
+          values, where the checkpoint is calibrated.
+        - **prediction**, **prediction_set** -- the likeliest class, and those of the conformal prediction set, with classes.
+        - **molecule_embedding** -- `(hidden_size,)`, in place of all this.
+        - **atom_embeddings** -- `(num_atoms, hidden_size)` in the atom order of the input, in place of all this.
+        - **modality** -- what the model was shown of the molecule: `"2d"`, `"3d"` or `"2d+3d"`.
+        - **error** -- why there is nothing for this molecule, else `None`.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> predict = pipeline(model="checkpoints/esol", trust_remote_code=True)
+    >>> predict(["CCO", "c1ccccc1"])[0]["predictions"]["solubility"]["value"]
+    ```
+    """
+
+    feature_extractor: Any
+
+    _load_feature_extractor = True
+    _load_image_processor = False
+    _load_processor = False
+    _load_tokenizer = False
+    _load_video_processor = False
+
+    def __init__(self, model: Any, *args: Any, batch_size: int = 64, **kwargs: Any):
+        super().__init__(model, *args, batch_size=batch_size, **kwargs)
+        # `pipeline()` leaves classes in the config that it loaded, which could then not be saved.
+        for info in getattr(model.config, "custom_pipelines", {}).values():
+            info["pt"] = [getattr(auto_class, "__name__", auto_class) for auto_class in info["pt"]]
+
+    def _sanitize_parameters(self, output: str | None = None, **unknown: Any) -> tuple[dict, dict, dict]:
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no parameter {sorted(unknown)[0]!r}. It takes `output`.")
+        if output not in (None, *OUTPUTS):
+            raise ValueError(f"`output` is {output!r}, but has to be one of {', '.join(map(repr, OUTPUTS))}.")
+        return {}, {} if output is None else {"output": output}, {}
+
+    def preprocess(self, input_: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Returns the graph of a molecule, or why there is none; graphs are padded when their batch is known."""
+        graphs = self.feature_extractor.featurize_many([input_], on_error="skip")
+        if graphs:
+            return {"graph": graphs[0], "error": None}
+        return {"graph": None, "error": self.feature_extractor.rejected[0].reason}
+
+    def _forward(self, input_tensors: dict[str, Any], output: str = "prediction") -> Any:  # type: ignore[override]
+        graphs, errors = input_tensors["graph"], input_tensors["error"]
+        if isinstance(graphs, list):
+            return {"answer": self._answers(graphs, errors, output)}
+        return {"answer": self._answers([graphs], [errors], output)[0]}
+
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: dict) -> dict[str, Any]:
+        return model_outputs["answer"]
+
+    def _answers(self, graphs: list, errors: list[str | None], output: str) -> list[dict[str, Any]]:
+        """Returns the dict of each molecule."""
+        kept = [index for index, graph in enumerate(graphs) if graph is not None]
+        errors = list(errors)
+        found: list[dict[str, Any]] = []
+        while kept and not found:
+            batch = [graphs[index] for index in kept]
+            try:
+                if output == "prediction":
+                    found = named_predictions(
+                        predict_graphs(self.model, self.feature_extractor, batch), self.model.config
+                    )
+                else:
+                    atoms = output == "atom_embeddings"
+                    embeddings = embed_graphs(self.model, self.feature_extractor, batch, atoms=atoms)
+                    found = [{output: embedding} for embedding in embeddings]
+            except GraphMemoryError as error:
+                errors[kept.pop(error.index)] = error.reason
+        nothing = {"predictions" if output == "prediction" else output: None}
+        answers = [{**nothing, "modality": None, "error": error} for error in errors]
+        for index, answer in zip(kept, found, strict=True):
+            modality = shown_modality(graphs[index], self.feature_extractor.modality)
+            answers[index] = {**answer, "modality": modality, "error": None}
+        return answers
+
+
+def named_predictions(predictions: Predictions, config: Any) -> list[dict[str, Any]]:
+    """Returns for each molecule its predictions by the names of the targets."""
+    names, problem_type = target_names(config), prediction_type(config)
+    columns = {
+        name: getattr(predictions, attribute)
+        for name, attribute in (
+            ("value", "values"),
+            ("ensemble_spread", "ensemble_spread"),
+            ("conformer_spread", "conformer_spread"),
+            ("lower", "lower"),
+            ("upper", "upper"),
+        )
+    }
+    found = []
+    for row in range(len(predictions.values)):
+        by_name: dict[str, Any] = {}
+        for index, name in enumerate(names):
+            by_name[name] = {key: _number(column[row, index]) for key, column in columns.items() if column is not None}
+            if config.target_units is not None:
+                by_name[name]["unit"] = config.target_units[index]
+        answer: dict[str, Any] = {"predictions": by_name}
+        sets = predictions.prediction_sets
+        if problem_type == "single_label_classification":
+            answer["prediction"] = names[int(predictions.values[row].argmax())]
+            if sets is not None:
+                answer["prediction_set"] = [name for name, is_in in zip(names, sets[row], strict=True) if is_in]
+        elif sets is not None:
+            for index, name in enumerate(names):
+                by_name[name]["prediction_set"] = np.flatnonzero(sets[row, index]).tolist()
+        found.append(answer)
+    return found
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+# Also where this file was loaded from a saved folder, so that a pipeline from there can be saved again. The class that was
+# loaded last is the registered one.
+PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=MoleBlendPipeline, pt_model=AutoModelForSequenceClassification, type="multimodal"
+)
+
+__all__ = ["MoleBlendPipeline"]
