@@ -44,6 +44,7 @@ BONDS = (None, "determine")
 RDKIT_ERRORS = (RuntimeError, ValueError, OverflowError)
 Embed: TypeAlias = "Callable[[Chem.Mol, FeaturizationSettings], np.ndarray]"
 
+_INPUT_ATOM = "_moleblend_input_atom"  # property of an atom: its index in the input
 _UNUSUAL_SMILES = re.compile(r"[|>~]|@[ASTO]")  # CXSMILES, dative and query bonds, stereo other than tetrahedral
 
 
@@ -199,6 +200,25 @@ def parse_molecule(molecule: Any, given: Any, settings: FeaturizationSettings) -
     return parsed
 
 
+def input_atoms(molecule: Any, settings: FeaturizationSettings) -> tuple[np.ndarray, int]:
+    """Returns for each atom of a molecule's graph its index in the input, -1 if it was added; and how many the input writes.
+
+    The input writes the hydrogens that are atoms of it: those in brackets of a SMILES, all of an RDKit molecule or a pair.
+    """
+    if isinstance(molecule, str):
+        molecule = _mol_from_smiles(molecule, remove_hydrogens=False)
+    if isinstance(molecule, Chem.Mol):
+        molecule = Chem.Mol(molecule)
+        for atom in molecule.GetAtoms():
+            atom.SetIntProp(_INPUT_ATOM, atom.GetIdx())
+        num_written = molecule.GetNumAtoms()
+    else:
+        num_written = len(molecule[0])
+    atoms = parse_molecule(molecule, None, settings).mol.GetAtoms()
+    indices = [atom.GetIntProp(_INPUT_ATOM) if atom.HasProp(_INPUT_ATOM) else -1 for atom in atoms]
+    return np.array(indices, dtype=np.int64), num_written
+
+
 def _parse_smiles(smiles: str, given: Any, settings: FeaturizationSettings) -> ParsedMolecule:
     if not smiles.strip():
         raise MoleculeError("is an empty SMILES", "parse", "Remove it from the input")
@@ -289,7 +309,8 @@ def _parse_pair(symbols: Any, positions: Any, given: Any, settings: Featurizatio
     mol = Chem.RWMol()
     try:
         for symbol in symbols:
-            mol.AddAtom(Chem.Atom(symbol if isinstance(symbol, str) else int(symbol)))
+            index = mol.AddAtom(Chem.Atom(symbol if isinstance(symbol, str) else int(symbol)))
+            mol.GetAtomWithIdx(index).SetIntProp(_INPUT_ATOM, index)
     except (*RDKIT_ERRORS, TypeError) as error:
         raise MoleculeError(
             f"has a symbol that is no element: {first_line(error)}", "type", "Pass symbols such as 'C' or 'Na'"

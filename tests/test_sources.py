@@ -683,7 +683,10 @@ def test_what_is_no_sdf(tmp_path):
         ({"targets": "y"}, r"targets must be a list of names, got the text 'y'"),
         ({"targets": ["y"], "units": {"z": "eV"}}, r"'z' has a unit or a task, but is no target\. The targets: 'y'"),
         ({"units": {"y": "eV"}}, r"'y' has a unit or a task, but is no target\. No target is named"),
-        ({"targets": ["y"], "tasks": {"y": "ranking"}}, "must be 'regression' or 'classification', got 'ranking'"),
+        (
+            {"targets": ["y"], "tasks": {"y": "ranking"}},
+            "must be one of 'regression', 'classification', 'classes', got 'ranking'",
+        ),
         ({"delimiter": "ab"}, "delimiter must be one character, got 'ab'"),
         ({"exclude": "a.txt"}, "exclude has no meaning for source 'csv'. It takes 'smiles_column'"),
     ],

@@ -20,9 +20,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from content_hash import ContentHash
-from parts import REJECTED, Part
+from parts import REJECTED, Part, target_schema
 from reporting import versions
-from rows import FORMAT_VERSION, schema
+from rows import FORMAT_VERSION
 from sources import Source
 from splits import SCAFFOLD_SPLITS, assign_splits, split_hash
 
@@ -106,7 +106,7 @@ def assemble(
     if settings.duplicates != "keep" and len(assembly.splits) > 1:
         assembly.num_in_several_splits = _in_several_splits(columns.codes("inchikey")[keep], split_of[keep])
 
-    target = schema([t.name for t in source.targets], ("inchikey",) if settings.duplicates != "keep" else ())
+    target = target_schema(source.targets, settings.duplicates != "keep")
     shutil.rmtree(folder, ignore_errors=True)
     content = ContentHash()
     with _Files(folder, settings.rows_per_file, target, assembly.splits) as files:
@@ -133,7 +133,7 @@ def assemble(
         for name, part_of in assembly.splits.items():
             part_of["sha256"] = split_hash(_ids_of(folder, name))
     assembly.targets = [
-        {"name": t.name, "task": t.task, "unit": units[t.name], "unit_of_source": t.unit} for t in source.targets
+        {**asdict(target), "unit": units[target.name], "unit_of_source": target.unit} for target in source.targets
     ]
     record = {
         "format_version": FORMAT_VERSION,

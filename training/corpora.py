@@ -9,7 +9,9 @@ class Target:
 
     name: str
     unit: str | None = None
-    task: str = "regression"  # or "classification", which is binary
+    task: str = "regression"  # or "classification", which is binary, or "classes", of which each has an index
+    class_names: tuple[str, ...] = ()  # in the order of their indices, if cells may hold them
+    of_atoms: bool = False  # a list for each molecule, one value for each of its atoms
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,8 @@ interpreter. A marker file tells the supervisor at which row that was. It runs t
 
 import faulthandler
 import json
-import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from rdkit import Chem, rdBase
 
 from conformers import ConformerCache
+from corpora import Target
 from moleblend_hf import MolecularGraph
 from moleblend_hf.featurization_moleblend import featurize_parsed
 from moleblend_hf.molecules_moleblend import (
@@ -37,6 +37,7 @@ from moleblend_hf.molecules_moleblend import (
 from rows import GRAPH_COLUMNS, graph_columns, schema
 from sources import Record
 from splits import scaffold_of
+from target_values import AtomOrder, stored_number, stored_numbers
 
 RECORDS_A_BATCH = 64  # featurized together, within the time limit of one molecule
 CONFORMERS_A_BATCH = 6  # the same where conformers are made, which takes a hundred times longer
@@ -52,9 +53,8 @@ class PartSettings:
     """All that the content of a row depends on."""
 
     featurization: FeaturizationSettings
-    target_names: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
     target_factors: tuple[float, ...] = ()  # to the unit that is stored
-    binary_targets: frozenset[str] = frozenset()
     with_inchikey: bool = False
     scaffold: str | None = None  # definition of the split that needs it
     molecule_time_limit: float = 60.0  # seconds
@@ -82,9 +82,19 @@ def makes_conformers(settings: FeaturizationSettings) -> bool:
     return settings.modality in ("2d+3d", "3d")
 
 
+def target_schema(targets: Iterable[Target], with_inchikey: bool) -> pa.Schema:
+    """Columns of a dataset with these targets."""
+    targets = list(targets)
+    return schema(
+        [target.name for target in targets if not target.of_atoms],
+        ("inchikey",) if with_inchikey else (),
+        [target.name for target in targets if target.of_atoms],
+    )
+
+
 def part_schema(settings: PartSettings) -> pa.Schema:
     """Columns of the rows of a part: those of the dataset, and what is needed to put it together."""
-    columns = schema(settings.target_names, ("inchikey",) if settings.with_inchikey else ())
+    columns = target_schema(settings.targets, settings.with_inchikey)
     extra = [
         pa.field(name, pa.string()) for name in ("split", "scaffold", "missing_coordinates_reason", "unknown_values")
     ]
@@ -113,13 +123,13 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
                 else:
                     rows.append(result[0])
                     graphs.append(result[1])
-    target_schema = part_schema(settings)
+    columns = part_schema(settings)
     arrays = graph_columns(graphs) | {
-        name: pa.array([row.get(name) for row in rows], target_schema.field(name).type)
-        for name in target_schema.names
+        name: pa.array([row.get(name) for row in rows], columns.field(name).type)
+        for name in columns.names
         if name not in GRAPH_COLUMNS
     }
-    table = pa.table({name: arrays[name] for name in target_schema.names}, schema=target_schema)
+    table = pa.table({name: arrays[name] for name in columns.names}, schema=columns)
     _write(pa.Table.from_pylist(rejected, REJECTED), part.path("rejected"))
     _write(table, part.path("rows"))
     return len(rows), len(rejected)
@@ -179,7 +189,12 @@ def _parse(record: Record, failures: tuple[str, ...], settings: PartSettings) ->
     if len(failures) >= MAX_FAILURES:
         raise MoleculeError(failures[-1], "process", "Leave it out")
     targets = _targets(record, settings)
-    parsed, smiles, missing_reason = _molecule(record, settings.featurization)
+    parsed, smiles, order, missing_reason = _molecule(record, settings.featurization)
+    if any(isinstance(values, list) for values in targets.values()):
+        molecule = record.smiles if record.sdf is None else parse_sdf_record(record.sdf)
+        atoms = AtomOrder(molecule, settings.featurization, parsed.mol.GetNumAtoms(), order)
+        for name, values in targets.items():
+            targets[name] = atoms.arranged(values, name) if isinstance(values, list) else values
     if failures and makes_conformers(settings.featurization) and parsed.coordinates is None:
         missing_reason = f"has no conformer: {failures[-1]}"  # perhaps; the next attempt shows
         if settings.featurization.modality == "3d":
@@ -207,15 +222,20 @@ def _parse(record: Record, failures: tuple[str, ...], settings: PartSettings) ->
     return parsed, row
 
 
-def _molecule(record: Record, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str, str | None]:
-    """The molecule as its SMILES says, with the coordinates it has; the SMILES; and why expected coordinates are not there."""
+def _molecule(
+    record: Record, settings: FeaturizationSettings
+) -> tuple[ParsedMolecule, str, list[int] | None, str | None]:
+    """The molecule as its SMILES says, with the coordinates it has; the SMILES; and why expected coordinates are not there.
+
+    Before the last comes where its atoms are in the order of the input, if that is another one.
+    """
     given = replace(settings, modality="2d" if settings.modality == "2d" else "auto")
     if record.sdf is None or (record.smiles is not None and given.modality == "2d"):
         written = parse_molecule(record.smiles, record.coordinates, given)
         # Added hydrogens are atoms of the row, so its SMILES has them too.
         if settings.hydrogens == "add":
             return *_as_smiles(written, given), record.missing_3d
-        return written, str(record.smiles), record.missing_3d
+        return written, str(record.smiles), None, record.missing_3d
     mol = parse_sdf_record(record.sdf)
     if record.smiles is None:
         drawn = parse_molecule(mol, None, given)
@@ -240,15 +260,18 @@ def _why_flat(sdf: str, drawn: ParsedMolecule, settings: FeaturizationSettings) 
     return "has an SDF record that is flagged 3D, but flat and with marks of a drawing, for which RDKit takes it"
 
 
-def _as_smiles(parsed: ParsedMolecule, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str]:
-    """The molecule as it is read from its SMILES, and that: whoever reads the row's SMILES has the row's graph."""
+def _as_smiles(parsed: ParsedMolecule, settings: FeaturizationSettings) -> tuple[ParsedMolecule, str, list[int]]:
+    """The molecule as it is read from its SMILES, that, and where its atoms were before.
+
+    So whoever reads the row's SMILES has the row's graph.
+    """
     try:
         smiles = Chem.MolToSmiles(parsed.mol)
     except RDKIT_ERRORS as error:
         raise MoleculeError(f"could not be written as SMILES: {first_line(error)}", "parse", "Fix it") from error
     order = list(parsed.mol.GetPropsAsDict(includePrivate=True, includeComputed=True)["_smilesAtomOutputOrder"])
     coordinates = None if parsed.coordinates is None else parsed.coordinates[:, order]
-    return parse_molecule(smiles, coordinates, settings), smiles
+    return parse_molecule(smiles, coordinates, settings), smiles, order
 
 
 def _constitution(mol: Chem.Mol) -> str:
@@ -256,21 +279,17 @@ def _constitution(mol: Chem.Mol) -> str:
     return Chem.MolToSmiles(Chem.RemoveHs(mol), isomericSmiles=False)
 
 
-def _targets(record: Record, settings: PartSettings) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for name, value, factor in zip(settings.target_names, record.targets, settings.target_factors, strict=True):
+def _targets(record: Record, settings: PartSettings) -> dict[str, Any]:
+    """Numbers, and lists of them in the order of the input."""
+    found: dict[str, Any] = {}
+    cells: tuple[Any, ...] = record.targets
+    for target, value, factor in zip(settings.targets, cells, settings.target_factors, strict=True):
         if value is None:
-            found[name] = None
-            continue
-        try:
-            number = float(value) * factor
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise MoleculeError(f"has {value!r} for target {name!r}, which is no number", "target", "Fix it")
-        if name in settings.binary_targets and number not in (0, 1):
-            raise MoleculeError(f"has {value!r} for target {name!r}, which is neither 0 nor 1", "target", "Fix it")
-        found[name] = number
+            found[target.name] = None
+        elif target.of_atoms:
+            found[target.name] = stored_numbers(value, target, factor)
+        else:
+            found[target.name] = stored_number(value, target, factor)
     return found
 
 

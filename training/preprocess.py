@@ -4,6 +4,7 @@ QM9                  python training/preprocess.py --source qm9 --input DIR --ou
 PCQM4Mv2             python training/preprocess.py --source pcqm4mv2 --input DIR --output data/pcqm4mv2 --num_proc 16
 MoleculeNet          python training/preprocess.py --source moleculenet --input bbbp.csv --output data/bbbp --split scaffold
 A table of yours     python training/preprocess.py --source csv --input my.csv --output data/my --smiles_column SMILES --targets pIC50
+Values of atoms      ... --source sdf --input my.sdf --atom_targets shift,charge --units shift=ppm
 With conformers      ... --modality 2d+3d --num_conformers 4 --conformer_cache conformers.sqlite
 On a Ray cluster     ... --engine ray --num_proc 256, with OUTPUT on a file system that all machines share
 After an interrupt   the same command: parts that are done are kept
@@ -56,8 +57,15 @@ class PreprocessingSettings:
     smiles_column: str | None = setting("input", "column of the SMILES; guessed from its name if left out", None)
     id_column: str | None = setting("input", "column or SDF field of the ids; else guessed, else row numbers", None)
     targets: list[str] | None = setting("input", "columns or SDF fields of the targets, A,B; else those known", None)
+    atom_targets: list[str] | None = setting(
+        "input", "targets of atoms, A,B: columns of lists, in an SDF RDKit's atom.dprop.A; see target_values.py", None
+    )
     tasks: dict[str, str] = setting(
-        "input", "regression or classification, by target: --tasks active=classification", {}
+        "input", "regression, classification (0 and 1) or classes (0, 1, 2, ...), by target: --tasks active=classification",
+        {},
+    )  # fmt: skip
+    class_names: list[str] | None = setting(
+        "input", "what cells of classes say instead of 0, 1, 2, ...: --class_names low,medium,high", None
     )
     units: dict[str, str] = setting("input", "unit of a target in the source: --units gap=hartree", {})
     convert: dict[str, str] = setting("input", "unit to store a target in: --convert gap=meV", {})
@@ -135,8 +143,10 @@ def opened_source(settings: PreprocessingSettings) -> Source:
         smiles_column=settings.smiles_column,
         id_column=settings.id_column,
         targets=settings.targets,
+        atom_targets=settings.atom_targets,
         units=settings.units,
         tasks=settings.tasks,
+        class_names=settings.class_names,
         split_column=settings.split_column,
         exclude=settings.exclude,
         delimiter=settings.delimiter,
@@ -169,12 +179,11 @@ def part_settings(settings: PreprocessingSettings, source: Source) -> PartSettin
     units = stored_units(settings, source)
     return PartSettings(
         featurization=settings.featurization(),
-        target_names=tuple(target.name for target in source.targets),
+        targets=source.targets,
         target_factors=tuple(
             1.0 if units[target.name] == target.unit else factor(str(target.unit), str(units[target.name]))
             for target in source.targets
         ),
-        binary_targets=frozenset(target.name for target in source.targets if target.task == "classification"),
         with_inchikey=settings.duplicates != "keep",
         scaffold=settings.split if settings.split in SCAFFOLD_SPLITS else None,
         molecule_time_limit=settings.molecule_time_limit,

@@ -8,6 +8,7 @@
 | `bonds` | (bonds, 3) two atoms, and 1 + 12 * bond type + 2 * bond stereo + is conjugated |
 | `coordinates` | (conformers, atoms, 3) in angstrom, no conformer where there is no geometry |
 | each target | a number or null |
+| each target of atoms | (atoms,) numbers or nulls; null if none is known |
 
 Shortest paths and the bonds along them are not stored: they follow from the bonds, and making them for a batch costs less
 than reading them would (`benchmarks/data_loading.py`).
@@ -31,10 +32,12 @@ _TYPES = {
 }
 
 
-def schema(targets: Iterable[str] = (), extra: Iterable[str] = ()) -> pa.Schema:
+def schema(targets: Iterable[str] = (), extra: Iterable[str] = (), atom_targets: Iterable[str] = ()) -> pa.Schema:
     """The columns of a dataset with these targets, and with `extra` columns of text after `smiles`."""
     text = [(name, pa.string()) for name in ("id", "smiles", *extra)]
-    return pa.schema([*text, *_TYPES.items(), *((name, pa.float64()) for name in targets)])
+    numbers = [(name, pa.float64()) for name in targets]
+    lists = [(name, pa.list_(pa.float32())) for name in atom_targets]
+    return pa.schema([*text, *_TYPES.items(), *numbers, *lists])
 
 
 def graph_columns(graphs: Sequence[MolecularGraph]) -> dict[str, pa.Array]:

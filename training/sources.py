@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from arrow_types import is_nested_list, is_text, is_value, is_values
 from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
 from files import DAMAGE, check_file, check_folder, check_text, open_bytes, open_text, read_head
 from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
+from target_values import MISSING_VALUES, TASKS, check_class_names
 
 HEAD_CHARACTERS = 1 << 20  # of an SDF, in which the end of its first molecule has to be
 HEAD_RECORDS = 1000  # of an SDF, of which one at least has to have the data fields that are asked for
@@ -33,7 +35,6 @@ BATCH_ROWS = 1000  # of Parquet and datasets, in memory at once
 MAX_FIELD_CHARACTERS = 1 << 20  # of delimited text; the module's 131,072 is less than some fields of real tables
 MAX_NAMES_IN_NOTE = 10
 
-MISSING_VALUES = frozenset(("", "nan", "na", "none", "null"))
 # Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
 SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
 ID_NAMES = (
@@ -61,7 +62,8 @@ class Record:
     smiles: str | None = None  # without surrounding whitespace
     sdf: str | None = None  # text of an SDF record, without its "$$$$" line
     coordinates: list | None = None  # nested (C, n, 3) lists in angstrom, in the atom order of `smiles`
-    targets: tuple[str | float | None, ...] = ()  # as written, one for each target of the source; None where missing
+    # As written, one for each target of the source: None where missing; of a target of atoms a list or the text of one.
+    targets: tuple[str | float | list | None, ...] = ()
     split: str | None = None  # as in the split column or split file
     missing_3d: str | None = None  # why there is no geometry although one was expected
     stage: str | None = None  # where it was rejected: "csv", "sdf", "parquet", "join" or "excluded"
@@ -96,8 +98,10 @@ class _Options:
     smiles_column: str | None = None
     id_column: str | None = None
     targets: Sequence[str] | None = None
+    atom_targets: Sequence[str] | None = None
     units: Mapping[str, str] | None = None
     tasks: Mapping[str, str] | None = None
+    class_names: Sequence[str] | None = None
     split_column: str | None = None
     exclude: Path | None = None
     delimiter: str | None = None
@@ -110,8 +114,10 @@ def open_source(
     smiles_column: str | None = None,
     id_column: str | None = None,
     targets: Sequence[str] | None = None,
+    atom_targets: Sequence[str] | None = None,
     units: Mapping[str, str] | None = None,
     tasks: Mapping[str, str] | None = None,
+    class_names: Sequence[str] | None = None,
     split_column: str | None = None,
     exclude: str | Path | None = None,
     delimiter: str | None = None,
@@ -125,22 +131,28 @@ def open_source(
         smiles_column: column of the SMILES; guessed from its name if it is not given.
         id_column: column (SDF: data field) of the ids; guessed if exactly one column is named like one.
         targets: columns (SDF: data fields) of the targets. Not given: those a known corpus has, none of a table.
+        atom_targets: columns of lists, with a value for each atom in the order of the SMILES; in an SDF the NAME of an
+            atom property list that RDKit reads, field atom.dprop.NAME or atom.iprop.NAME.
         units: unit of a target, by its name; goes before what is known.
-        tasks: "regression" or "classification" of a target, by its name; goes before what is known.
+        tasks: one of `TASKS`, by the name of the target; goes before what is known.
+        class_names: what cells of all targets that are no regression may hold instead of the indices 0, 1, ...
         split_column: column (SDF: data field) that says which split a row belongs to.
         exclude: list of QM9 ids to reject, such as its uncharacterized.txt.
         delimiter: one character, of csv and tsv.
     """
     if kind not in _KINDS:
         raise ValueError(f"There is no source {kind!r}. Choose one of {_listed(SOURCES)}.")
-    if isinstance(targets, str):
-        raise ValueError(f"targets must be a list of names, got the text {targets!r}. Put it into a list.")
+    for name, given in (("targets", targets), ("atom_targets", atom_targets), ("class_names", class_names)):
+        if isinstance(given, str):
+            raise ValueError(f"{name} must be a list of names, got the text {given!r}. Put it into a list.")
     options = _Options(
         smiles_column=smiles_column,
         id_column=id_column,
         targets=targets,
+        atom_targets=atom_targets or None,
         units=units or None,
         tasks=tasks or None,
+        class_names=class_names or None,
         split_column=split_column,
         exclude=None if exclude is None else Path(exclude),
         delimiter=delimiter,
@@ -151,8 +163,8 @@ def open_source(
         raise ValueError(
             f"{unused[0]} has no meaning for source {kind!r}. It takes {_listed(used) if used else 'no options'}."
         )
-    if wrong := sorted(set((tasks or {}).values()) - {"regression", "classification"}):
-        raise ValueError(f"A task must be 'regression' or 'classification', got {wrong[0]!r}.")
+    if wrong := sorted(set((tasks or {}).values()) - set(TASKS)):
+        raise ValueError(f"A task must be one of {_listed(TASKS)}, got {wrong[0]!r}.")
     if delimiter is not None and len(delimiter) != 1:
         raise ValueError(f"The delimiter must be one character, got {delimiter!r}.")
     return opener(str(input), options)
@@ -203,20 +215,31 @@ def _choose_targets(
     known: Iterable[Target] = (),
     others: Iterable[Target] = (),
 ) -> tuple[Target, ...]:
-    """The targets that are asked for, else all `known`; `others` only lends its units and tasks."""
+    """The targets that are asked for, else all `known`, then those of atoms; `others` only lends its units and tasks."""
     known = tuple(known)
     by_name = {target.name: target for target in (*known, *others)}
-    names = [target.name for target in known] if options.targets is None else list(dict.fromkeys(options.targets))
+    of_molecules = [target.name for target in known] if options.targets is None else options.targets
+    of_atoms = options.atom_targets or ()
+    if both := [name for name in of_atoms if name in of_molecules]:
+        raise ValueError(f"{both[0]!r} is named as a target of molecules and of atoms. Name it once.")
+    names = list(dict.fromkeys((*of_molecules, *of_atoms)))
     _check_columns(names, available, where)
     units, tasks = options.units or {}, options.tasks or {}
     if strangers := [name for name in (*units, *tasks) if name not in names]:
         chosen = f"The targets: {_listed(names)}" if names else "No target is named"
         raise ValueError(f"{strangers[0]!r} has a unit or a task, but is no target. {chosen}.")
-    found = (by_name.get(name, Target(name)) for name in names)
-    return tuple(
-        Target(target.name, units.get(target.name, target.unit), tasks.get(target.name, target.task))
-        for target in found
-    )
+    targets = []
+    for name in names:
+        target = by_name.get(name, Target(name))
+        target = replace(target, task=tasks.get(name, target.task), of_atoms=name in of_atoms)
+        if target.task == "regression":
+            targets.append(replace(target, unit=units.get(name, target.unit)))
+        elif name in units:
+            raise ValueError(f"Target {name!r} has the task {target.task!r}, so it has no unit. Leave its unit out.")
+        else:
+            targets.append(replace(target, unit=None, class_names=tuple(options.class_names or ())))
+    check_class_names(options.class_names or (), targets)
+    return tuple(targets)
 
 
 def _check_columns(names: Iterable[str | None], available: Iterable[str], where: object) -> None:
@@ -410,6 +433,7 @@ def _read_smi(path: Path) -> Iterator[Record]:
 # SDF
 
 _FIELD_HEADER = re.compile(r">[^<]*<([^>]*)>")
+_ATOM_LISTS = ("atom.dprop.", "atom.iprop.")  # what RDKit calls the fields that hold a value for each atom
 
 
 def _read_sdf_texts(path: Path) -> Iterator[str | MoleculeError]:
@@ -468,12 +492,26 @@ def _open_sdf(input: str, options: _Options) -> Source:
                 f"None of the first {HEAD_RECORDS:,} records of {path} has a data field {name!r}. "
                 f"Their fields: {_listed(available, 100) or 'none'}."
             )
-    targets = _choose_targets(available, path, options)
-    columns = _Columns(None, options.id_column, tuple(target.name for target in targets), options.split_column)
+    field_of = {name: _atom_list_field(name, available, path) for name in options.atom_targets or ()}
+    targets = _choose_targets((*available, *field_of), path, options)
+    fields = tuple(field_of.get(target.name, target.name) for target in targets)
+    columns = _Columns(None, options.id_column, fields, options.split_column)
     notes = _note_not_taken(available, columns.names, "Data fields")
     return Source(
         "sdf", (path,), targets, tuple(notes), path.name, partial(_read_sdf, path, columns), id_column=columns.id
     )
+
+
+def _atom_list_field(name: str, available: Iterable[str], path: Path) -> str:
+    """The data field that holds the values of atoms of this name."""
+    found = [prefix + name for prefix in _ATOM_LISTS if prefix + name in available]
+    if len(found) != 1:
+        raise ValueError(
+            f"The first {HEAD_RECORDS:,} records of {path} have {len(found) or 'no'} data fields for the target of atoms "
+            f"{name!r}; one of {_listed(prefix + name for prefix in _ATOM_LISTS)} was expected. "
+            f"Their fields: {_listed(available, 100) or 'none'}."
+        )
+    return found[0]
 
 
 def _read_sdf(path: Path, columns: _Columns) -> Iterator[Record]:
@@ -769,9 +807,11 @@ def _conformers(coordinates: list | None) -> list | None:
     return coordinates if isinstance(first, list) and first and isinstance(first[0], list) else [coordinates]
 
 
-def _cell(value: Any) -> str | float | None:
-    if value is None or isinstance(value, str):
-        return None if value is None else _value(value)
+def _cell(value: Any) -> str | float | list | None:
+    if value is None or isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        return _value(value)
     number = float(value)
     return None if number != number else number
 
@@ -795,7 +835,7 @@ def _open_parquet(input: str, options: _Options) -> Source:
     columns, notes = _with_coordinates(columns, notes, schemas[0].names)
     for file, schema in zip(paths, schemas, strict=True):
         _check_columns(columns.names, schema.names, file)
-        _check_types(columns, schema, file)
+        _check_types(columns, targets, schema, file)
     return Source(
         "parquet",
         tuple(paths),
@@ -824,12 +864,17 @@ def _parquet_schema(path: Path) -> pa.Schema:
         raise ValueError(f"The schema of {path} could not be read: {first_line(error)}. Fetch it again.") from error
 
 
-def _check_types(columns: _Columns, schema: pa.Schema, where: object) -> None:
-    """Raises unless SMILES are text, targets text or numbers, and coordinates nested lists."""
+def _check_types(columns: _Columns, targets: Iterable[Target], schema: pa.Schema, where: object) -> None:
+    """Raises unless SMILES are text, targets text or numbers (of atoms: lists of them), and coordinates nested lists."""
     checks: list[tuple[str | None, Callable[[pa.DataType], bool], str]] = [
-        (columns.smiles, _is_text, "text was expected. Name another column"),
-        (columns.coordinates, _is_nested_list, "lists (atoms, 3) were expected. Convert or drop the column"),
-        *((name, _is_value, "numbers or text were expected. Name another column") for name in columns.targets),
+        (columns.smiles, is_text, "text was expected. Name another column"),
+        (columns.coordinates, is_nested_list, "lists (atoms, 3) were expected. Convert or drop the column"),
+        *(
+            (target.name, is_values, "lists of numbers, or text, were expected. Name another column")
+            if target.of_atoms
+            else (target.name, is_value, "numbers or text were expected. Name another column")
+            for target in targets
+        ),
     ]
     for name, fits, expected in checks:
         if name is not None:
@@ -838,22 +883,6 @@ def _check_types(columns: _Columns, schema: pa.Schema, where: object) -> None:
             found = found.value_type if pa.types.is_dictionary(found) else found
             if not fits(found):
                 raise ValueError(f"Column {name!r} of {where} has the type {found}, but {expected}.")
-
-
-def _is_text(type: pa.DataType) -> bool:
-    return pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)
-
-
-def _is_value(type: pa.DataType) -> bool:
-    is_number = pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_decimal(type)
-    return is_number or _is_text(type) or pa.types.is_boolean(type) or pa.types.is_null(type)
-
-
-def _is_nested_list(type: pa.DataType) -> bool:
-    def is_list(type: pa.DataType) -> bool:
-        return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-
-    return is_list(type) and is_list(type.value_type)
 
 
 def _read_parquet(paths: Sequence[Path], columns: _Columns) -> Iterator[Record]:
@@ -904,7 +933,7 @@ def _open_dataset(input: str, options: _Options) -> Source:
         where = f"{name} ({part_name})" if part_name else name
         if part.features is not None:
             _check_columns(columns.names, part.features, where)
-            _check_types(columns, part.features.arrow_schema, where)
+            _check_types(columns, targets, part.features.arrow_schema, where)
     return Source(
         "dataset",
         files,
@@ -930,11 +959,12 @@ def _read_dataset(parts: Mapping[str, Any], columns: _Columns) -> Iterator[Recor
 
 
 # Kinds of source: what opens one, and the options it takes.
-_COLUMN_OPTIONS = ("smiles_column", "id_column", "targets", "units", "tasks", "split_column")
+_MOLECULENET_OPTIONS = ("smiles_column", "id_column", "targets", "units", "tasks", "class_names", "split_column")
+_COLUMN_OPTIONS = (*_MOLECULENET_OPTIONS, "atom_targets")
 _KINDS: dict[str, tuple[Callable[[str, _Options], Source], tuple[str, ...]]] = {
     "pcqm4mv2": (_open_pcqm4mv2, ("targets", "units")),
     "qm9": (_open_qm9, ("targets", "units", "exclude")),
-    "moleculenet": (_open_moleculenet, _COLUMN_OPTIONS),
+    "moleculenet": (_open_moleculenet, _MOLECULENET_OPTIONS),
     "csv": (partial(_open_csv, "csv"), (*_COLUMN_OPTIONS, "delimiter")),
     "tsv": (partial(_open_csv, "tsv"), (*_COLUMN_OPTIONS, "delimiter")),
     "smi": (_open_smi, ()),
@@ -943,3 +973,14 @@ _KINDS: dict[str, tuple[Callable[[str, _Options], Source], tuple[str, ...]]] = {
     "dataset": (_open_dataset, _COLUMN_OPTIONS),
 }
 SOURCES = tuple(_KINDS)
+
+
+def source_of(path: str | Path) -> str:
+    """The kind of source that a file's ending tells: csv, tsv, smi, sdf or parquet."""
+    endings = [suffix.lstrip(".").lower() for suffix in Path(path).suffixes if suffix.lower() != ".gz"]
+    ending = {"sd": "sdf", "smiles": "smi", "tab": "tsv"}.get(endings[-1], endings[-1]) if endings else ""
+    if ending not in ("csv", "tsv", "smi", "sdf", "parquet"):
+        raise ValueError(
+            f"{str(path)!r} does not end in .csv, .tsv, .smi, .sdf or .parquet. Say what it is with --source."
+        )
+    return ending

@@ -22,6 +22,8 @@ UNITS: dict[str, dict[str, float]] = {
     "frequency": {"GHz": constants.giga, "MHz": constants.mega},
     "concentration": {"mol/L": 1e3, "mmol/L": 1.0, "umol/L": 1e-3, "nmol/L": 1e-6},
     "logarithmic concentration": {"log10(mol/L)": 1.0},  # of which a factor would make nothing else
+    "charge": {"e": constants.e},
+    "chemical shift": {"ppm": 1e-6},
     "heat capacity": {"cal/(mol K)": constants.calorie / constants.N_A, "J/(mol K)": 1 / constants.N_A},
 }
 
