@@ -30,9 +30,7 @@ def fingerprints(smiles: Sequence[str]) -> np.ndarray:
 def _molecule(smiles: str, row: int) -> Chem.Mol:
     with rdBase.BlockLogs():
         mol = Chem.MolFromSmiles(smiles)
-        if (
-            mol is None
-        ):  # of a geometry, say, whose bonds RDKit does not accept: the environments are there all the same
+        if mol is None:  # of a geometry, say, whose bonds RDKit does not accept: the environments are there
             mol = Chem.MolFromSmiles(smiles, sanitize=False)
             if mol is None:
                 raise ValueError(
@@ -81,4 +79,4 @@ def fingerprint_baseline(
             probabilities = np.zeros((len(smiles), num_classes or 2))
             probabilities[:, classifier.classes_] = classifier.predict_proba(features)
             columns.append(probabilities[:, 1:] if problem_type == BINARY else probabilities)
-    return np.hstack(columns), notes
+    return np.hstack(columns)

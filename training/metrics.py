@@ -241,7 +241,7 @@ def _classification(
     absent = sorted(set(range(probabilities.shape[1])) - set(label.tolist()))
     if absent:
         what = "all labels are " + str(label[0]) if len(set(label.tolist())) == 1 else f"no label is {absent[0]}"
-        return dict.fromkeys(METRICS[BINARY], what) | found
+        return {**dict.fromkeys(METRICS[BINARY], what), **found}
     return {
         "roc_auc": roc_auc_score(against_rest, scores),
         "pr_auc": average_precision_score(against_rest, scores),

@@ -1,24 +1,45 @@
 """What a fine-tuning or an evaluation found -> metrics.json, plots and a model card that says it as it is."""
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+from huggingface_hub import EvalResult, ModelCardData
 
 from data import PreprocessedDataset
+from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
 from moleblend_hf import MoleBlendConfig
-from splits import split_hash
+from reporting import CARDS, render
+from result_plots import MAX_PANELS, plot_coverage, plot_parity, plot_reliability, plot_roc
+from splits import SPLITS, split_hash
 
 # Names of the runs, which are the rows of the tables. Runs of one name differ in their seeds.
 MODEL = "MoleBLEND"
 ENSEMBLE = "MoleBLEND, ensemble"  # of the runs above, as one model
 FROM_SCRATCH = "MoleBLEND from scratch"
 BASELINE = "ECFP4 + random forest"
+
+SPLIT_DEFINITIONS = {
+    "random": "each row is drawn on its own",
+    "scaffold": "the molecules of a Bemis-Murcko scaffold stay together, the largest sets are trained on (as in MoleculeNet)",
+    "scaffold-unimol": "as `scaffold`, but the stereoisomers of a scaffold are told apart (as in Uni-Mol)",
+    "scaffold-balanced": "the molecules of a Bemis-Murcko scaffold stay together, their order is drawn (as in chemprop 1)",
+    "given": "the source says which row is in which part",
+    "none": "nothing was split: all rows of the input",
+}
+DRAWN_SPLITS = ("random", "scaffold-balanced")
+MAX_TARGETS_IN_CARD = 40
+NUM_EXAMPLES = 2
+FEW_LABELS = 200  # of the test part, below which the card warns
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ class DatasetFacts:
 class SplitFacts:
     """Which rows are in which part."""
 
-    name: str  # one of `splits.SPLITS`, "given", or None of them: what the user called it
+    name: str  # a key of SPLIT_DEFINITIONS
     parts: dict[str, dict[str, Any]]  # by part: "rows" and the "sha256" of its ids
     leakage: dict[str, int] | None  # by pair of parts: molecules (InChIKeys) in both; None: nobody looked
     seed: int | None = None  # of a split that draws
@@ -99,9 +120,14 @@ class SplitFacts:
             }
             if len(keys) == len(parts)
             else None,
-            seed=seed,
-            fractions=fractions,
+            seed=seed if name in DRAWN_SPLITS else None,
+            fractions=fractions if name in SPLITS else None,
         )
+
+    @property
+    def tested(self) -> str:
+        """Name of the part that is tested on."""
+        return "test" if "test" in self.parts else next(iter(self.parts))
 
 
 @dataclass(frozen=True)
@@ -124,8 +150,405 @@ class Experiment:
     conformal_coverage: float | None = None  # nominal
     base_model: str | None = None  # what was fine-tuned; None: from scratch
     model: str = "path/to/this/folder"  # what to load in the example
+    notes: list[str] = field(default_factory=list)  # what else has to be known, a sentence each
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models, in the order of their first runs."""
+        return list(dict.fromkeys(run.name for run in self.runs))
+
+    @property
+    def reported_run(self) -> Run:
+        """That of the folder's weights."""
+        return next(run for run in self.runs if run.name == self.reported)
 
 
 def write_report(experiment: Experiment, output_dir: str | Path, config: MoleBlendConfig) -> dict[str, Any]:
     """Write metrics.json, the plots and README.md into a folder, and return the content of metrics.json."""
-    raise NotImplementedError
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = results_of(experiment)
+    (folder / "metrics.json").write_text(
+        json.dumps(results, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8"
+    )
+    plots = write_plots(experiment, results, folder)
+    (folder / "README.md").write_text(card(experiment, results, plots, config), encoding="utf-8")
+    return results
+
+
+def results_of(experiment: Experiment) -> dict[str, Any]:
+    """The content of metrics.json: every figure of every run, their spread over seeds, and all facts about the data."""
+    if all(run.name != experiment.reported for run in experiment.runs):
+        raise ValueError(
+            f"The report is to be about {experiment.reported!r}, but the runs are of {', '.join(experiment.names) or 'none'}."
+        )
+    models = {}
+    for name in experiment.names:
+        runs = [run for run in experiment.runs if run.name == name]
+        figures: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for run in runs:
+            for part, predictions in (("validation", run.validation), ("test", run.test)):
+                if predictions is not None:
+                    figures[part].append(_metrics(experiment, predictions))
+        models[name] = {
+            **{part: over_seeds(found) for part, found in figures.items()},
+            "runs": [
+                {"seed": run.seed, "epochs": run.epochs, "seconds": run.seconds}
+                | {part: found[index] for part, found in figures.items() if len(found) == len(runs)}
+                for index, run in enumerate(runs)
+            ],
+        }
+    results = {
+        "problem_type": experiment.problem_type,
+        "targets": dict(zip(experiment.target_names, experiment.target_units, strict=True)),
+        "class_names": experiment.class_names,
+        "reported": experiment.reported,
+        "selected_by": experiment.selected_by,
+        "conformal_coverage": experiment.conformal_coverage,
+        "models": models,
+        "dataset": asdict(experiment.dataset),
+        "split": asdict(experiment.split),
+        "base_model": experiment.base_model,
+        "num_parameters": experiment.num_parameters,
+        "notes": experiment.notes,
+        "command": experiment.command,
+        "settings": experiment.settings,
+        "environment": experiment.environment,
+    }
+    return results | {"comparison": list(comparisons(experiment, results))}
+
+
+def _metrics(experiment: Experiment, predictions: SplitPredictions) -> dict[str, Any]:
+    return all_metrics(
+        experiment.problem_type,
+        predictions.labels,
+        predictions.values,
+        experiment.target_names,
+        experiment.target_units,
+        predictions.lower,
+        predictions.upper,
+        predictions.prediction_sets,
+    )
+
+
+def comparisons(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each metric and each other model: which of the two is better on the test part."""
+    for other in (BASELINE, FROM_SCRATCH):
+        if other not in experiment.names or other == experiment.reported:
+            continue
+        for metric in METRICS[experiment.problem_type]:
+            if metric in IN_UNITS and len(set(experiment.target_units)) > 1:
+                found = _compared_by_target(results["models"], experiment.reported, other, metric)
+            else:
+                found = _compared(results["models"], experiment.reported, other, metric)
+            yield f"{TITLES[metric]}: {found}"
+
+
+def _compared_by_target(models: Mapping[str, Any], name: str, other: str, metric: str) -> str:
+    """For errors in different units, which have no mean."""
+    ours, theirs = (
+        {key: found[metric]["mean"] for key, found in models[each]["test"]["targets"].items()}
+        for each in (name, other)
+    )
+    both = [target for target in ours if ours[target] is not None and theirs[target] is not None]
+    if not both:
+        return "undefined, so there is nothing to compare."
+    lower = [target for target in both if ours[target] < theirs[target]]
+    if len(lower) == len(both):
+        return f"{name} is better than {other} for all {len(both)} targets."
+    rest = _escaped(", ".join(target for target in both if target not in lower))
+    return f"{name} is better than {other} for {len(lower)} of {len(both)} targets, and not for {rest}."
+
+
+def _compared(models: Mapping[str, Any], name: str, other: str, metric: str) -> str:
+    """By the mean over the targets."""
+    ours, theirs = (models[each]["test"]["mean"][metric] for each in (name, other))
+    if ours["mean"] is None or theirs["mean"] is None:
+        undefined = " and ".join(each for each, found in ((name, ours), (other, theirs)) if found["mean"] is None)
+        return f"undefined for {undefined}, so there is nothing to compare."
+    counts = {run["test"]["mean"]["num_targets"][metric] for each in (name, other) for run in models[each]["runs"]}
+    if len(counts) > 1:
+        return f"the means run over different targets ({min(counts)} to {max(counts)}), so they cannot be compared."
+    figures = f"{shown(ours, metric)} against {shown(theirs, metric)}"
+    difference = ours["mean"] - theirs["mean"]
+    if difference == 0:
+        return f"{name} and {other} are equal, {figures}."
+    if (difference < 0) == (metric in LOWER_IS_BETTER):
+        verdict = f"{name} is better than {other}, {figures}"
+    else:
+        verdict = f"{name} is worse than {other}, {figures}"
+    spreads = [found["std"] for found in (ours, theirs) if found["std"] is not None]
+    if spreads and abs(difference) < max(spreads):
+        verdict += "; the difference is smaller than the spread over seeds"
+    return verdict + "."
+
+
+def shown(spread: Mapping[str, Any], metric: str) -> str:
+    """A mean, with its standard deviation where there is one, as text."""
+    if spread["mean"] is None:
+        return "undefined"
+    decimals = 3
+    if metric in IN_UNITS and spread["mean"]:  # three digits, whatever the unit
+        decimals = min(max(2 - math.floor(math.log10(abs(spread["mean"]))), 0), 12)
+    text = f"{spread['mean']:.{decimals}f}"
+    return text if spread["std"] is None else f"{text} ± {spread['std']:.{decimals}f}"
+
+
+def write_plots(experiment: Experiment, results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Draw the test part as the reported run predicts it; return the caption and the file of each plot."""
+    test, names = experiment.reported_run.test, experiment.target_names
+    if experiment.problem_type == REGRESSION:
+        some = f" (the first {MAX_PANELS} of {len(names)} targets)" if len(names) > MAX_PANELS else ""
+        plots = [(f"Predicted against measured, test part{some}", "parity.png")]
+        plot_parity(test.labels, test.values, names, experiment.target_units, folder / "parity.png")
+    else:
+        labels, curves = test.labels, names
+        if experiment.problem_type == CLASSES:  # each class against the rest
+            curves = experiment.class_names or []
+            labels = np.where(np.isnan(labels), np.nan, labels == np.arange(test.values.shape[1]))
+        plots = [
+            ("ROC curves, test part", "roc.png"),
+            ("Calibration of the probabilities, test part", "reliability.png"),
+        ]
+        plot_roc(labels, test.values, curves, folder / "roc.png")
+        plot_reliability(labels, test.values, folder / "reliability.png")
+    covered = _covered(experiment, results)
+    if covered and experiment.conformal_coverage is not None:
+        coverage = {name: figures["coverage"] for name, figures in covered.items()}
+        nums = {name: figures["num"] for name, figures in covered.items()}
+        plot_coverage(coverage, nums, experiment.conformal_coverage, folder / "coverage.png")
+        plots.append(("Conformal coverage, test part", "coverage.png"))
+    return plots
+
+
+def _reported(experiment: Experiment, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the folder's weights on the test part."""
+    return results["models"][experiment.reported]["runs"][0]["test"]
+
+
+def _covered(experiment: Experiment, results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of the targets that have conformal intervals or sets."""
+    targets = _reported(experiment, results)["targets"]
+    return {name: figures for name, figures in targets.items() if figures.get("coverage") is not None}
+
+
+# The card
+
+
+def card(
+    experiment: Experiment, results: Mapping[str, Any], plots: list[tuple[str, str]], config: MoleBlendConfig
+) -> str:
+    """The text of README.md."""
+    found = _reported(experiment, results)
+    num_labels = [figures["num"] for figures in found["targets"].values()]
+    of_atoms = any("TokenClassification" in name for name in config.architectures or [])
+    base_model = experiment.base_model
+    if base_model is not None and Path(base_model).exists():  # nobody else has this path
+        base_model = Path(base_model).resolve().name
+    examples = list(dict.fromkeys(sorted(experiment.reported_run.test.smiles, key=len)))
+    return render(
+        CARDS / "finetuned.md.jinja",
+        metadata=_metadata(experiment, results, base_model).to_yaml(),
+        experiment=experiment,
+        results=results,
+        config=config,
+        base_model=base_model,
+        title=f"MoleBLEND {'evaluated' if experiment.selected_by is None else 'fine-tuned'} on {experiment.dataset.name}",
+        auto_class=f"AutoModelFor{'Token' if of_atoms else 'Sequence'}Classification",
+        of_atoms=of_atoms,
+        reading={REGRESSION: "", BINARY: ".sigmoid()", CLASSES: ".softmax(-1)"}[experiment.problem_type],
+        columns=", ".join(
+            experiment.class_names or list(map(_with_unit, *zip(*results["targets"].items(), strict=True)))
+        ),
+        examples=examples[len(examples) // 4 :][:NUM_EXAMPLES],  # neither the smallest nor the large ones
+        plain_words=list(plain_words(experiment, results)),
+        models_table=_models_table(experiment, results),
+        targets_table=_targets_table(experiment, results),
+        num_targets_left_out=max(0, len(experiment.target_names) - MAX_TARGETS_IN_CARD),
+        mixed_units=experiment.problem_type == REGRESSION and len(set(experiment.target_units)) > 1,
+        undefined=list(_undefined(experiment, results)),
+        titles=TITLES,
+        split_definition=SPLIT_DEFINITIONS.get(experiment.split.name, "see the command"),
+        coverage_table=_coverage_table(experiment, results),
+        plots=plots,
+        fewest_labels=min(num_labels),
+        few_labels=FEW_LABELS,
+        has_spread=any(len(model["runs"]) > 1 for name, model in results["models"].items() if name != BASELINE),
+    )
+
+
+def plain_words(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:
+    """What the figures of the folder's weights mean, for a reader who does not know the metrics."""
+    found, test = _reported(experiment, results), experiment.reported_run.test
+    mean = found["mean"]
+    if experiment.problem_type == REGRESSION:
+        for column, (name, unit) in itertools.islice(enumerate(results["targets"].items()), MAX_PANELS):
+            figures, unit = found["targets"][name], f" {unit}" if unit else ""
+            if figures["mae"] is None:
+                yield f"{name}: nothing could be measured, no molecule of the test part has a label."
+                continue
+            labels = test.labels[:, column]
+            of_median = float(np.nanmean(np.abs(labels - np.nanmedian(labels))))
+            yield (
+                f"{name}: on the {figures['num']:,} labels of the test part the model is off by {_one(figures['mae'], 'mae')}"
+                f"{unit} on average. Whoever named their median for every molecule would be off by {_one(of_median, 'mae')}{unit}."
+            )
+        return
+    if experiment.problem_type == BINARY:
+        known = [column[~np.isnan(column)] for column in test.labels.T]
+        shares = [max(np.mean(column), 1 - np.mean(column)) for column in known if len(column)]
+    else:
+        labels = test.labels[~np.isnan(test.labels)].astype(int)
+        shares = [np.bincount(labels).max() / len(labels)] if len(labels) else []
+    if mean["roc_auc"] is not None:
+        if experiment.problem_type == BINARY:
+            what = "one molecule of each class, the model gives the one of class 1 the higher probability"
+        else:
+            what = "a molecule of a class and one of another, the model gives the first the higher probability of its class"
+        yield f"Given {what} in {mean['roc_auc']:.0%} of the cases{_over_targets(experiment, mean, 'roc_auc')}. Guessing: 50%."
+    if mean["accuracy"] is not None:
+        yield (
+            f"The class that it names is right for {mean['accuracy']:.1%} of the labels"
+            f"{_over_targets(experiment, mean, 'accuracy')}. Whoever always names the more frequent class is right for "
+            f"{np.mean(shares):.1%}."
+        )
+
+
+def _over_targets(experiment: Experiment, mean: Mapping[str, Any], metric: str) -> str:
+    num = len(experiment.target_names)
+    return f", on average over {mean['num_targets'][metric]} of {num} targets" if num > 1 else ""
+
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+
+def _models_table(experiment: Experiment, results: Mapping[str, Any]) -> Table:
+    """Each model's mean over the targets, on the test part and the validation part."""
+    metrics = [
+        metric
+        for metric in METRICS[experiment.problem_type]
+        if metric not in IN_UNITS or len(set(experiment.target_units)) == 1
+    ]
+    unit = experiment.target_units[0]
+    header = ["Model", "Runs"]
+    for metric in metrics:
+        title = f"{TITLES[metric]} ({unit})" if metric in IN_UNITS and unit else TITLES[metric]
+        header += [f"{title}, test", "validation"]
+    rows = []
+    for name, model in results["models"].items():
+        row = [name, str(len(model["runs"]))]
+        for metric in metrics:
+            row += [
+                shown(model[part]["mean"][metric], metric) if part in model else "" for part in ("test", "validation")
+            ]
+        rows.append(row)
+        if name == experiment.reported and len(model["runs"]) > 1:
+            first = model["runs"][0]
+            row = [f"&nbsp; of which this folder, seed {first['seed']}", "1"]
+            for metric in metrics:
+                for part in ("test", "validation"):
+                    row.append(_one(first[part]["mean"][metric], metric) if part in first else "")
+            rows.append(row)
+    return header, rows
+
+
+def _targets_table(experiment: Experiment, results: Mapping[str, Any]) -> Table | None:
+    """Every metric of each target on the test part, and the first metric of the other models."""
+    if len(experiment.target_names) == 1:
+        return None
+    metrics = METRICS[experiment.problem_type]
+    others = [name for name in experiment.names if name != experiment.reported]
+    header = [
+        "Target",
+        "Labels",
+        *(TITLES[metric] for metric in metrics),
+        *(f"{TITLES[metrics[0]]}, {name}" for name in others),
+    ]
+    nums = {name: figures["num"] for name, figures in _reported(experiment, results)["targets"].items()}
+    rows = []
+    for target, unit in itertools.islice(results["targets"].items(), MAX_TARGETS_IN_CARD):
+        of = {name: model["test"]["targets"][target] for name, model in results["models"].items()}
+        figures = [shown(of[experiment.reported][metric], metric) for metric in metrics]
+        beside = [shown(of[name][metrics[0]], metrics[0]) for name in others]
+        rows.append([_escaped(_with_unit(target, unit)), f"{nums[target]:,}", *figures, *beside])
+    return header, rows
+
+
+def _coverage_table(experiment: Experiment, results: Mapping[str, Any]) -> Table | None:
+    """Share of the test labels in the conformal intervals or sets, and how far chance may take it from the nominal one."""
+    nominal, covered = experiment.conformal_coverage, _covered(experiment, results)
+    if nominal is None or not covered:
+        return None
+    size = "interval_width" if experiment.problem_type == REGRESSION else "set_size"
+    rows = []
+    for name, figures in itertools.islice(covered.items(), MAX_TARGETS_IN_CARD):
+        chance = 1.96 * math.sqrt(nominal * (1 - nominal) / figures["num"])
+        title = _with_unit(name, results["targets"][name])
+        row = [_escaped(title), f"{figures['num']:,}", f"{figures['coverage']:.1%}", f"{nominal:.0%} ± {chance:.1%}"]
+        rows.append([*row, _one(figures[size], size)])
+    return ["Target", "Labels", "Covered", "Nominal ± chance (95%)", f"Mean {TITLES[size]}"], rows
+
+
+def _undefined(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:
+    """What could not be measured on the test part, for which targets and why."""
+    grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in _reported(experiment, results)["undefined"]:
+        if entry["target"] is not None:
+            grouped[entry["metric"], entry["reason"]].append(entry["target"])
+    for (metric, reason), names in grouped.items():
+        more = f" and {len(names) - MAX_PANELS} more" if len(names) > MAX_PANELS else ""
+        yield (
+            f"{TITLES[metric]} is undefined for {len(names)} of {len(experiment.target_names)} targets, because {reason}: "
+            f"{_escaped(', '.join(names[:MAX_PANELS]))}{more}."
+        )
+
+
+def _metadata(experiment: Experiment, results: Mapping[str, Any], base_model: str | None) -> ModelCardData:
+    """The front matter, with the figures of the folder's weights on the test part as the model-index."""
+    found, split = _reported(experiment, results), experiment.split
+    measured = []
+    for metric in METRICS[experiment.problem_type]:
+        if (value := found["mean"][metric]) is not None:
+            count = found["mean"]["num_targets"][metric]
+            measured.append((metric, TITLES[metric] + (f", mean over {count} targets" if count > 1 else ""), value))
+        elif found["mean"]["num_targets"][metric]:  # of different units
+            for name, unit in results["targets"].items():
+                if (value := found["targets"][name][metric]) is not None:
+                    measured.append((metric, f"{TITLES[metric]} of {_with_unit(name, unit)}", value))
+    arguments = {"split": split.name, "split_seed": split.seed, "sha256_of_ids": split.parts[split.tested]["sha256"]}
+    return ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        pipeline_tag="graph-ml",
+        tags=["chemistry", "molecules", "moleblend", "molecular-property-prediction"],
+        base_model=base_model if experiment.base_model == base_model and (base_model or "").count("/") == 1 else None,
+        model_name=f"MoleBLEND on {experiment.dataset.name}",
+        eval_results=[
+            EvalResult(
+                task_type="graph-ml",
+                task_name="molecular property prediction",
+                dataset_type=re.sub(r"[^\w.-]+", "-", experiment.dataset.name),
+                dataset_name=experiment.dataset.name,
+                dataset_split=split.tested,
+                dataset_args=arguments,
+                metric_type=metric,
+                metric_name=title,
+                metric_value=value,
+            )
+            for metric, title, value in measured
+        ]
+        or None,
+    )
+
+
+def _one(value: float | None, metric: str) -> str:
+    return shown({"mean": value, "std": None}, metric)
+
+
+def _with_unit(name: str, unit: str | None) -> str:
+    return f"{name} ({unit})" if unit else name
+
+
+def _escaped(text: str) -> str:
+    """For a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
