@@ -31,9 +31,11 @@ from .molecules_moleblend import (
     MoleculeError,
     RejectedMolecule,
     describe_molecule,
+    input_atoms,
     require_rdkit,
 )
 
+_IGNORED_LABEL = -100  # of atoms that are padding, where labels are integers
 _MOLECULES_A_CHUNK = 256
 _ON_ERROR = ("raise", "skip")
 _METADATA = ("auto_map", "processor_class", "feature_extractor_type")
@@ -143,6 +145,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         modality: str | None = None,
         on_error: str = "raise",
         return_tensors: str | None = "pt",
+        atom_labels: Any = None,
     ) -> BatchFeature:
         r"""
         molecules (`str`, `rdkit.Chem.Mol`, `tuple`, or a `list` of them):
@@ -158,6 +161,11 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         on_error (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at the first molecule that cannot be featurized; `"skip"` leaves it out, lists it in
             `processor.rejected`, and names the others in `kept_indices`.
+        atom_labels (`np.ndarray` of shape `(num_atoms,)` or `(num_atoms, num_labels)`, or a `list` of them, *optional*):
+            In place of `labels`, for models of atoms: for each molecule an array in the order in which the input has its
+            atoms, or `None` if none of them has a label. A value for each atom of the input, also for hydrogens that are
+            dropped, or for each atom of the graph. `None` and `NaN` are missing labels; integers stay integers if
+            none is `None`.
 
         Returns:
             [`BatchFeature`] with
@@ -168,7 +176,8 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             - **path_bond_types** -- `(batch_size, num_atoms, num_atoms, max_path_bonds)`.
             - **coordinates** -- `(batch_size, num_atoms, 3)` in angstrom, if any molecule has them.
             - **coordinates_mask** -- `(batch_size,)`, which molecules those are.
-            - **labels** -- `(batch_size, num_labels)`, if given.
+            - **labels** -- `(batch_size, num_labels)`, if given; `(batch_size, num_atoms, num_labels)` from `atom_labels`,
+              `NaN` on padding, or -100 where they are integers.
             - **kept_indices** -- `(batch_size,)`, with `on_error="skip"`.
         """
         settings = self._settings(modality)
@@ -176,16 +185,25 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             molecules = [molecules]
             coordinates = None if coordinates is None else [coordinates]
             labels = None if labels is None else [labels]
-        if labels is not None and len(labels) != len(molecules):
-            raise ValueError(
-                f"`labels` has {len(labels)} entries for {len(molecules)} molecules. Pass one for each, None where it "
-                "is missing."
-            )
+            atom_labels = None if atom_labels is None else [atom_labels]
+        for name, given in (("labels", labels), ("atom_labels", atom_labels)):
+            if given is not None and len(given) != len(molecules):
+                raise ValueError(
+                    f"`{name}` has {len(given)} entries for {len(molecules)} molecules. Pass one for each, None where it "
+                    "is missing."
+                )
         kept, graphs = self._featurize(molecules, coordinates, settings, on_error)
         if not graphs:
             raise ValueError(self._nothing_kept(len(molecules)))
         labels = None if labels is None else [labels[index] for index in kept]
-        batch = self.pad(graphs, labels, modality=settings.modality, return_tensors=None)
+        if atom_labels is not None:
+            names = [f"Molecule {index} ({describe_molecule(molecules[index])})" for index in kept]
+            arrays = _atom_label_arrays([atom_labels[index] for index in kept], names)
+            atom_labels = [
+                array if array is None else _in_graph_order(array, name, molecules[index], graph, settings)
+                for array, name, index, graph in zip(arrays, names, kept, graphs, strict=True)
+            ]
+        batch = self.pad(graphs, labels, modality=settings.modality, return_tensors=None, atom_labels=atom_labels)
         if on_error == "skip":
             batch["kept_indices"] = np.array(kept, dtype=np.int64)
         return batch.convert_to_tensors(return_tensors)
@@ -228,6 +246,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         modality: str | None = None,
         conformer_index: int | Sequence[int] = 0,
         return_tensors: str | None = "pt",
+        atom_labels: Sequence[Any] | None = None,
     ) -> BatchFeature:
         """
         Returns graphs as one batch, padded to the largest of them; names and shapes are those of `__call__`.
@@ -239,6 +258,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             conformer_index (`int` or `list[int]`, *optional*, defaults to 0):
                 Which conformer to take, of all or of each graph. Graphs without conformers do not look at it.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+            atom_labels (*optional*): as in `__call__`, but for each atom of the graph.
         """
         settings = self._settings(modality)
         if len(graphs) == 0:
@@ -266,6 +286,10 @@ class MoleBlendProcessor(FeatureExtractionMixin):
                 data["coordinates_mask"] = has_3d
         if labels is not None:
             data["labels"] = _label_array(labels, len(graphs))
+        if atom_labels is not None:
+            if labels is not None:
+                raise ValueError("Both `labels` and `atom_labels` are given. Pass those that the model is to predict.")
+            data["labels"] = _padded_atom_labels(atom_labels, flat.num_atoms)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -393,6 +417,74 @@ def _label_array(labels: Any, num_molecules: int) -> np.ndarray:
     if array.ndim == 0 or len(array) != num_molecules:
         raise ValueError(f"`labels` has shape {array.shape} for {num_molecules} molecules. Pass one row for each.")
     return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32).reshape(num_molecules, -1)
+
+
+def _atom_label_arrays(atom_labels: Sequence[Any], names: Sequence[str]) -> list[np.ndarray | None]:
+    """Returns the labels of each molecule's atoms as (num_atoms, T), all int64 or, if one is no integer, all float32."""
+    arrays: list[np.ndarray | None] = []
+    for labels, name in zip(atom_labels, names, strict=True):
+        try:
+            array = None if labels is None else np.asarray(labels)
+            if array is not None and array.dtype.kind not in "iub":  # None in a list makes it an array of objects
+                array = array.astype(np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} has atom labels that cannot be turned into an array. Pass a number, or a list of as many "
+                "numbers, for each atom, and None for a missing one."
+            ) from error
+        if array is not None and array.ndim not in (1, 2):
+            raise ValueError(
+                f"{name} has atom labels of shape {array.shape}, but (atoms,) or (atoms, labels) is expected. Pass one row "
+                "for each atom."
+            )
+        arrays.append(array if array is None or array.ndim == 2 else array[:, None])
+    is_integer = all(array is None or array.dtype.kind in "iub" for array in arrays)
+    return [None if array is None else array.astype(np.int64 if is_integer else np.float32) for array in arrays]
+
+
+def _missing_label(dtype: np.dtype) -> np.generic:
+    return dtype.type(_IGNORED_LABEL if dtype.kind == "i" else np.nan)
+
+
+def _in_graph_order(
+    labels: np.ndarray, name: str, molecule: Any, graph: MolecularGraph, settings: FeaturizationSettings
+) -> np.ndarray:
+    """Returns the labels (num_atoms, T) of a molecule's atoms as those of its graph; the order is that of the input."""
+    if len(labels) == graph.num_atoms:
+        return labels
+    input_of_atom, num_written = input_atoms(molecule, settings)
+    if len(labels) != num_written or len(input_of_atom) != graph.num_atoms:
+        raise ValueError(
+            f"{name} has labels for {len(labels)} atoms, but the input writes {num_written}, of which the graph has "
+            f"{graph.num_atoms}. Pass one for each of either, in the order of the input, and NaN where it is missing."
+        )
+    of_graph = labels[input_of_atom]
+    of_graph[input_of_atom < 0] = _missing_label(labels.dtype)  # hydrogens that were added
+    return of_graph
+
+
+def _padded_atom_labels(atom_labels: Sequence[Any], num_atoms: np.ndarray) -> np.ndarray:
+    """Returns (B, N, T) labels of the atoms of graphs, with NaN or -100 on padding."""
+    if len(atom_labels) != len(num_atoms):
+        raise ValueError(
+            f"`atom_labels` has {len(atom_labels)} entries for {len(num_atoms)} graphs. Pass one for each."
+        )
+    arrays = _atom_label_arrays(atom_labels, [f"Graph {index}" for index in range(len(num_atoms))])
+    given = [array for array in arrays if array is not None]
+    if not given:
+        raise ValueError("`atom_labels` is None for all molecules. Pass an array for one of them, or leave it out.")
+    dtype, num_labels = given[0].dtype, given[0].shape[1]
+    padded = np.full((len(num_atoms), int(num_atoms.max()), num_labels), _missing_label(dtype), dtype)
+    for index, array in enumerate(arrays):
+        if array is None:
+            continue
+        if array.shape != (num_atoms[index], num_labels):
+            raise ValueError(
+                f"Graph {index} has atom labels of shape {array.shape}, but ({num_atoms[index]}, {num_labels}) is "
+                "expected. Pass one row for each atom, and as many labels for each molecule."
+            )
+        padded[index, : len(array)] = array
+    return padded
 
 
 __all__ = ["MoleBlendProcessor"]

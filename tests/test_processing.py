@@ -111,6 +111,131 @@ def test_calls_that_make_no_sense_are_named(processor, arguments, message):
         processor(**arguments)
 
 
+# Labels of atoms
+
+
+def by_atom(molecules: list, batch) -> list[list]:
+    """What each atom of a molecule's graph has for a label; padding has none."""
+    sizes = batch["attention_mask"].sum(1).tolist()
+    assert len(sizes) == len(molecules)
+    for labels, size in zip(batch["labels"], sizes, strict=True):
+        assert bool((labels[size:] == -100).all() if labels.dtype == torch.int64 else labels[size:].isnan().all())
+    return [labels[:size].tolist() for labels, size in zip(batch["labels"], sizes, strict=True)]
+
+
+def test_atom_labels_are_padded_as_nan_or_ignored(processor):
+    molecules = ["CCO", "C"]
+    batch = processor(molecules, atom_labels=[[1.0, 2.0, 3.0], None])
+    assert (batch["labels"].shape, batch["labels"].dtype) == ((2, 3, 1), torch.float32)
+    assert by_atom(molecules, batch)[0] == [[1], [2], [3]]
+    assert batch["labels"][1].isnan().all()
+    batch = processor(molecules, atom_labels=[np.array([[1, 5], [2, 6], [3, 7]]), [[0, 9]]])
+    assert (batch["labels"].shape, batch["labels"].dtype) == ((2, 3, 2), torch.int64)
+    assert by_atom(molecules, batch) == [[[1, 5], [2, 6], [3, 7]], [[0, 9]]]
+    batch = processor(molecules, atom_labels=[[1, None, 3], [4]])
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"][0, 1].isnan().all()
+    assert processor("CCO", atom_labels=[1, 2, 3])["labels"].tolist() == [[[1], [2], [3]]]
+
+
+HYDROGENS_WRITTEN = [
+    "[H]C([H])([H])O[H]",
+    "C([H])([2H])=O",
+    "[H][H]",
+    "[H]/C(C)=C(/[H])Cl",
+    "[H][C@](F)(Cl)Br",
+    "[H]O[H].[Na+].[H][O-]",
+]
+
+
+@pytest.mark.parametrize("hydrogens", ["drop", "keep", "add"])
+@pytest.mark.parametrize("form", ["smiles", "renumbered", "pair"])
+def test_atom_labels_stay_with_their_atoms(hydrogens, form):
+    """Labels that are x coordinates come back where the coordinates do, however hydrogens are treated."""
+    processor = MoleBlendProcessor(hydrogens=hydrogens, bonds="determine")
+    params = Chem.SmilesParserParams()
+    params.removeHs = False
+    rng = np.random.default_rng(0)
+    molecules, positions = [], []
+    for smiles in HYDROGENS_WRITTEN:
+        mol = Chem.MolFromSmiles(smiles, params) if form != "pair" else embedded("C[C@H](N)C=O")
+        if form != "smiles":
+            mol = Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist())
+        given = rng.normal(size=(mol.GetNumAtoms(), 3))
+        if form == "pair":
+            given = mol.GetConformer().GetPositions()
+            molecules.append(([atom.GetSymbol() for atom in mol.GetAtoms()], given))
+        else:
+            molecules.append(smiles if form == "smiles" else mol)
+        positions.append(given)
+    labels = [given[:, 0] for given in positions]
+    batch = processor(molecules, None if form == "pair" else positions, atom_labels=labels)
+    found, x = batch["labels"][..., 0], batch["coordinates"][..., 0]
+    known = ~found.isnan()
+    assert torch.equal(found[known], x[known])
+    is_atom = batch["attention_mask"] == 1
+    assert torch.equal(known, is_atom) == (hydrogens != "add" or form == "pair")  # a pair has all its hydrogens
+    assert known.sum() == sum(map(len, labels)) or hydrogens == "drop"
+    of_atoms = [values[mask].numpy() for values, mask in zip(batch["labels"], is_atom, strict=True)]
+    graphs = processor.featurize_many(molecules)
+    torch.testing.assert_close(processor.pad(graphs, atom_labels=of_atoms)["labels"], batch["labels"], equal_nan=True)
+
+
+def test_atom_labels_are_in_the_order_of_the_input_without_the_dropped_hydrogens(processor):
+    molecules = ["[H]OC([H])=N", "O([H])C=N"]
+    every = processor(molecules, atom_labels=[[9, 1, 2, 9, 3], [1, 9, 2, 3]])
+    kept = processor(molecules, atom_labels=[[1, 2, 3], [1, 2, 3]])
+    assert every["labels"].tolist() == kept["labels"].tolist() == [[[1], [2], [3]]] * 2
+    with_gap = processor(molecules, atom_labels=[[9, 1, 2, 9, 3], [1, 9, None, 3]])["labels"]
+    assert with_gap.dtype == torch.float32
+    assert with_gap.isnan().tolist() == [[[False]] * 3, [[False], [True], [False]]]
+
+
+def test_added_hydrogens_have_no_label():
+    processor = MoleBlendProcessor(hydrogens="add")
+    found = processor(["CO", "N"], atom_labels=[[1, 2], None])["labels"]
+    assert found[0].tolist() == [[1], [2], *[[-100]] * 4]
+    found = processor(["CO", "N"], atom_labels=[[1, 2], [0.5]])["labels"]
+    assert found[0, 2:].isnan().all()
+    assert found[1, 1:].isnan().all()
+
+
+def test_atom_labels_of_skipped_molecules_go_with_them(processor):
+    batch = processor(["C1CC", "CO", None, "N"], atom_labels=[[7.0], [1.0, 2.0], [8.0], [3.0]], on_error="skip")
+    assert by_atom(["CO", "N"], batch) == [[[1], [2]], [[3]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"atom_labels": [[1, 2]]}, "`atom_labels` has 1 entries for 2 molecules"),
+        ({"atom_labels": [[1, 2], [1, 2]], "labels": [1, 2]}, "Both `labels` and `atom_labels` are given"),
+        ({"atom_labels": [None, None]}, "`atom_labels` is None for all molecules"),
+        (
+            {"atom_labels": [[1, 2], [1, 2, 3, 4]]},
+            r"Molecule 1 \('\[H\]OC'\) has labels for 4 atoms, but the input writes 3, of which the graph has 2. Pass",
+        ),
+        (
+            {"atom_labels": [[1, "a"], [1, 2]]},
+            r"Molecule 0 \('CO'\) has atom labels that cannot be turned into an array",
+        ),
+        ({"atom_labels": [1, 2]}, r"Molecule 0 \('CO'\) has atom labels of shape \(\), but \(atoms,\) or"),
+        ({"atom_labels": [[[1, 1], [2, 2]], [1, 2]]}, r"Graph 1 has atom labels of shape \(2, 1\), but \(2, 2\) is"),
+    ],
+)
+def test_atom_labels_that_do_not_fit_are_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(["CO", "[H]OC"], **arguments)
+
+
+def test_pad_takes_atom_labels_of_graphs(processor):
+    graphs = processor.featurize_many(["CO", "[H]OC"])
+    with pytest.raises(ValueError, match=r"Graph 1 has atom labels of shape \(3, 1\), but \(2, 1\) is expected"):
+        processor.pad(graphs, atom_labels=[[1, 2], [1, 2, 3]])
+    with pytest.raises(ValueError, match="`atom_labels` has 1 entries for 2 graphs"):
+        processor.pad(graphs, atom_labels=[[1, 2]])
+
+
 def test_one_smiles_is_no_list():
     """Else each of its letters would be taken for a molecule."""
     with pytest.raises(ValueError, match="`molecules` is one SMILES, 'CCO'"):
