@@ -199,23 +199,25 @@ class MoleBlendConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As in transformers, but what is overridden is validated together with the rest, as one config."""
-        given = {field.name: kwargs[field.name] for field in fields(cls) if field.name in kwargs}
-        config_dict = {**config_dict, **given}
-        saved_names = config_dict.get("id2label")
-        num_labels = kwargs.get("num_labels")
-        if (
-            num_labels is not None
-            and saved_names is not None
-            and len(saved_names) != num_labels
-            and "id2label" not in given
-        ):
-            other_targets = {"id2label", "label2id", *PER_TARGET} - given.keys()
-            left_behind = sorted(name for name in other_targets if config_dict.pop(name, None) is not None)
+        overrides = {
+            field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs.keys() - {"dtype"}
+        }
+        # Without names, a saved config has transformers' two labels.
+        num_saved = len(config_dict.get("id2label") or (0, 1))
+        num_labels = kwargs.get("num_labels") or len(overrides.get("id2label") or ()) or num_saved
+        left_behind: list[str] = []
+        if num_labels != num_saved:
+            about_targets = ("id2label", "label2id", "conformal_coverage", *PER_TARGET)
+            left_behind = [
+                name for name in about_targets if config_dict.get(name) is not None and name not in overrides
+            ]
+        if left_behind:
             logger.warning(
-                f"`num_labels={num_labels}` is not the number of targets of the checkpoint ({len(saved_names)}), so what it "
-                f"says about them is left behind: {left_behind}. Pass those that describe the new targets."
+                f"The checkpoint has {num_saved} targets and is asked for {num_labels}, so what it says about its own is left "
+                f"behind: {', '.join(left_behind)}. Pass those that describe the new targets."
             )
-        return super().from_dict(config_dict, **kwargs)
+        kept = {name: value for name, value in config_dict.items() if name not in left_behind}
+        return super().from_dict({**kept, **overrides}, **kwargs)
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation: raises `ValueError` for values that make no sense, with the remedy."""

@@ -60,7 +60,7 @@ from .heads_moleblend import (
     MoleBlendRelativePositionHead,
 )
 from .rows_moleblend import RowSelection, cross_entropy_sum, drop_path, drop_values, gathers, masked_mean, masked_sum
-from .targets_moleblend import in_target_units, property_loss
+from .targets_moleblend import PropertyKwargs, in_target_units, property_loss
 
 # PARITY: the original, like Transformer-M, writes pi as 3.14159 in `gaussian` (tests/test_parity.py).
 GAUSSIAN_PI = 3.14159
@@ -796,8 +796,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
         Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
-    label_weights (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
-        Weight of each label in the loss, shaped as `labels`. Left out, all weigh the same.
+        `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )
     def forward(
@@ -810,8 +809,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         coordinates: torch.Tensor | None = None,
         coordinates_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_weights: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[PropertyKwargs],
     ) -> SequenceClassifierOutput:
         r"""
         `logits` are in the targets' own units for regression (`config.target_means`, `target_scales`, `target_transforms`).
@@ -827,6 +825,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         >>> model(**inputs).loss.backward()
         ```
         """
+        label_weights = kwargs.pop("label_weights", None)
         outputs = self.moleblend(
             atom_features,
             attention_mask=attention_mask,
@@ -876,8 +875,7 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
     labels (`torch.Tensor` of shape `(batch_size, num_atoms, num_labels)`, *optional*):
         Targets of each atom in their own units, or 0 / 1; NaN where missing and in padding; `(batch_size, num_atoms)` will
         do for one target. For classes `(batch_size, num_atoms)`, -100 where missing and in padding.
-    label_weights (`torch.FloatTensor` of shape `(batch_size, num_atoms, num_labels)`, *optional*):
-        Weight of each label in the loss, shaped as `labels`. Left out, all weigh the same.
+        `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )
     def forward(
@@ -890,8 +888,7 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
         coordinates: torch.Tensor | None = None,
         coordinates_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_weights: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[PropertyKwargs],
     ) -> TokenClassifierOutput:
         r"""
         `logits (batch_size, num_atoms, num_labels)` are in the order of the atoms given, in the targets' own units for
@@ -908,6 +905,7 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
         torch.Size([2, 6, 1])
         ```
         """
+        label_weights = kwargs.pop("label_weights", None)
         outputs = self.moleblend(
             atom_features,
             attention_mask=attention_mask,

@@ -23,11 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import auto_docstring, can_return_tuple
 
 from .configuration_moleblend import MoleBlendEnsembleConfig
 from .modeling_moleblend import MODEL_INPUTS_DOCSTRING, MoleBlendForSequenceClassification, MoleBlendPreTrainedModel
-from .targets_moleblend import ProblemType, problem_type_of
+from .targets_moleblend import ProblemType, PropertyKwargs, problem_type_of
 
 # What members may differ in: where they come from, and their own calibration, which says nothing about the ensemble's.
 NOT_SHARED = (
@@ -125,8 +125,7 @@ class MoleBlendEnsembleForSequenceClassification(MoleBlendPreTrainedModel):
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
         Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
-    label_weights (`torch.FloatTensor` of shape `(batch_size, num_labels)`, *optional*):
-        Weight of each label in the loss, shaped as `labels`. Left out, all weigh the same.
+        `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )
     def forward(
@@ -139,8 +138,7 @@ class MoleBlendEnsembleForSequenceClassification(MoleBlendPreTrainedModel):
         coordinates: torch.Tensor | None = None,
         coordinates_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_weights: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[PropertyKwargs],
     ) -> MoleBlendEnsembleOutput:
         r"""
         Example:
@@ -166,7 +164,6 @@ class MoleBlendEnsembleForSequenceClassification(MoleBlendPreTrainedModel):
                 coordinates=coordinates,
                 coordinates_mask=coordinates_mask,
                 labels=labels,
-                label_weights=label_weights,
                 return_dict=True,
                 **kwargs,
             )

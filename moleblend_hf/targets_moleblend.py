@@ -19,12 +19,27 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import TransformersKwargs
 
 from .blending_moleblend import IGNORED_LABEL
 from .configuration_moleblend import MoleBlendConfig
 
 ProblemType = Literal["regression", "multi_label_classification", "single_label_classification"]
 Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class PropertyKwargs(TransformersKwargs, total=False):
+    """Keyword arguments of the models with a property head.
+
+    The weights are no named argument of `forward`: the Trainer takes each one called "label" for labels that must be there.
+
+    Attributes:
+        label_weights (`torch.FloatTensor` shaped as `labels`, *optional*):
+            Weight of each label in the loss, `sum(weight * loss) / sum(weight)`. Left out, all weigh the same.
+    """
+
+    label_weights: torch.Tensor | None
+
 
 # Each transform of `config.target_transforms` and its inverse.
 TRANSFORMS: dict[str, tuple[Transform, Transform]] = {

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
 
-from moleblend_hf import MoleBlendConfig
+from moleblend_hf import MoleBlendConfig, MoleBlendEnsembleConfig, MoleBlendForSequenceClassification
 from moleblend_hf.featurization_moleblend import ATOM_FEATURE_SIZES, BOND_STEREO, BOND_TYPES
 
 
@@ -25,10 +26,106 @@ def test_vocabularies_are_those_of_the_featurizer():
 
 
 def test_saved_and_loaded_configs_are_equal(tmp_path):
-    config = tiny_config(num_labels=2, target_means=[1.0, 2.0], target_scales=[0.5, 3.0], target_units=["eV", "debye"])
+    targets = {
+        "target_means": [1.0, 2.0],
+        "target_scales": [0.5, 3.0],
+        "target_units": ["eV", "debye"],
+        "target_transforms": ("none", "log10"),
+        "conformal_coverage": 0.9,
+        "conformal_quantiles": [0.7, None],
+    }
+    config = tiny_config(id2label={0: "gap", 1: "mu"}, label2id={"gap": 0, "mu": 1}, **targets)
     config.save_pretrained(tmp_path)
     assert MoleBlendConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     json.dumps(config.to_dict())
+    ensemble = MoleBlendEnsembleConfig(num_members=3, num_labels=2, **targets)
+    ensemble.save_pretrained(tmp_path)
+    assert MoleBlendEnsembleConfig.from_pretrained(tmp_path).to_dict() == ensemble.to_dict()
+    assert ensemble.auto_map.keys() < config.auto_map.keys()
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """Folder of a model of two targets, and the model."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    model = MoleBlendForSequenceClassification(
+        tiny_config(
+            problem_type="regression",
+            id2label={0: "gap", 1: "mu"},
+            label2id={"gap": 0, "mu": 1},
+            target_means=[1.0, 2.0],
+            target_scales=[0.5, 3.0],
+            target_units=["eV", "debye"],
+            target_transforms=["none", "log10"],
+            conformal_coverage=0.9,
+            conformal_quantiles=[0.7, None],
+        )
+    )
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"num_labels": 3},
+            {"target_means": None, "target_units": None, "id2label": {i: f"LABEL_{i}" for i in range(3)}},
+        ),
+        (
+            {"num_labels": 1, "target_means": [7.0], "target_scales": [2.0], "target_units": ["mol/L"]},
+            {"target_means": [7.0], "target_units": ["mol/L"], "id2label": {0: "LABEL_0"}},
+        ),
+        (
+            {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}},
+            {"target_means": None, "target_units": None, "id2label": {0: "a", 1: "b", 2: "c"}},
+        ),
+        (
+            {"num_labels": 3, "problem_type": "single_label_classification"},
+            {"target_means": None, "problem_type": "single_label_classification"},
+        ),
+    ],
+    ids=["number", "number-and-scales", "names", "classes"],
+)
+def test_other_targets_leave_those_of_the_checkpoint_behind(finetuned, changes, expected):
+    """The encoder and the inner layer of the head come along, and nothing that was true of the old targets does."""
+    folder, trained = finetuned
+    model = MoleBlendForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **changes)
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    assert (
+        model.config.target_transforms is model.config.conformal_quantiles is model.config.conformal_coverage is None
+    )
+    assert torch.equal(model.classifier.dense.weight, trained.classifier.dense.weight)
+    assert model.classifier.out_proj.out_features == model.config.num_labels != 2
+
+
+def test_what_is_left_behind_is_said(finetuned, caplog):
+    MoleBlendConfig.from_pretrained(finetuned[0], num_labels=3)
+    assert "The checkpoint has 2 targets and is asked for 3" in caplog.text
+    assert "target_means, target_scales, target_units, target_transforms, conformal_quantiles" in caplog.text
+    caplog.clear()
+    MoleBlendConfig.from_pretrained(finetuned[0], num_labels=2)
+    tiny_config().save_pretrained(finetuned[0] / "base")
+    MoleBlendConfig.from_pretrained(finetuned[0] / "base", num_labels=3)
+    assert caplog.text == ""
+
+
+def test_two_targets_without_names_leave_theirs_behind_too(tmp_path):
+    """transformers does not save the names of two labels where they are its own."""
+    tiny_config(num_labels=2, target_means=[0.0, 1.0], target_scales=[1.0, 1.0]).save_pretrained(tmp_path)
+    config = MoleBlendConfig.from_pretrained(tmp_path, num_labels=1)
+    assert (config.num_labels, config.target_means) == (1, None)
+
+
+def test_as_many_targets_keep_what_the_checkpoint_says(finetuned):
+    config = MoleBlendConfig.from_pretrained(finetuned[0], num_labels=2, target_means=(4.0, 5.0))
+    assert (config.target_means, config.target_scales) == ([4.0, 5.0], [0.5, 3.0])
+    assert config.id2label == {0: "gap", 1: "mu"}
+
+
+def test_overrides_that_do_not_fit_the_checkpoint_are_an_error(finetuned):
+    with pytest.raises((StrictDataclassError, ValueError), match="`target_transforms` is for regression targets"):
+        MoleBlendConfig.from_pretrained(finetuned[0], problem_type="multi_label_classification")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +149,24 @@ def test_saved_and_loaded_configs_are_equal(tmp_path):
         ({"target_means": [0.0], "num_labels": 1}, "give both or neither"),
         ({"target_means": [0.0], "target_scales": [1.0], "num_labels": 2}, "has 1 entries for 2 labels"),
         ({"target_means": [0.0], "target_scales": [0.0], "num_labels": 1}, "each must be positive and finite"),
+        ({"target_transforms": ["log10"]}, "`target_transforms` has 1 entries for 2 labels; give 2"),
+        ({"target_transforms": ["log", "none"]}, '"log"; there are none, log10, signed_log10'),
+        (
+            {"target_transforms": ["log10", "none"], "problem_type": "multi_label_classification"},
+            "`target_transforms` is for regression targets",
+        ),
+        ({"conformal_coverage": 0.9}, "`conformal_coverage` and `conformal_quantiles` belong together"),
+        ({"conformal_coverage": 90.0, "conformal_quantiles": [1.0, 1.0]}, "between 0 and 1"),
+        ({"conformal_coverage": 0.9, "conformal_quantiles": [1.0]}, "`conformal_quantiles` has 1 entries"),
+        ({"conformal_coverage": 0.9, "conformal_quantiles": [None, -1.0]}, "a finite number of 0 or more, or None"),
+        (
+            {
+                "conformal_coverage": 0.9,
+                "conformal_quantiles": [0.5, 0.5],
+                "problem_type": "single_label_classification",
+            },
+            "give 1, or drop it with None",
+        ),
         (
             {
                 "target_means": [0.0, 0.0],
@@ -66,3 +181,8 @@ def test_saved_and_loaded_configs_are_equal(tmp_path):
 def test_values_that_make_no_sense_are_an_error(changes, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         MoleBlendConfig(**changes)
+
+
+def test_an_ensemble_has_members():
+    with pytest.raises((StrictDataclassError, ValueError), match="`num_members` is 0; set it to 1 or more"):
+        MoleBlendEnsembleConfig(num_members=0)

@@ -13,8 +13,11 @@ from tiny import SMILES, tiny_config
 
 import moleblend_hf
 from moleblend_hf import (
+    MoleBlendEnsembleConfig,
+    MoleBlendEnsembleForSequenceClassification,
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendModel,
     MoleBlendProcessor,
 )
@@ -86,6 +89,18 @@ def test_the_import_rules_notice_a_planted_violation(tmp_path, name, source, fou
     assert any(found in violation for violation in hub_file_violations(path))
 
 
+def files_reached(*stems: str) -> set[str]:
+    """Names of the hub files that these import, directly or not, and their own: what a folder has to carry."""
+    reached: set[str] = set()
+    waiting = {*stems}
+    while waiting:
+        stem = waiting.pop()
+        reached.add(f"{stem}.py")
+        siblings = set(LOOKS_RELATIVE.findall((PACKAGE / f"{stem}.py").read_text(encoding="utf-8")))
+        waiting |= {sibling for sibling in siblings if f"{sibling}.py" not in reached}
+    return reached
+
+
 def in_fresh_process(code: str, tmp_path: Path) -> str:
     """Output of `code` in a process that does not find the package."""
     blocker = "import sys; sys.modules['moleblend_hf'] = None\n"
@@ -107,13 +122,16 @@ def folder(tmp_path_factory):
 
 def test_a_saved_folder_holds_its_code_and_the_whole_auto_map(folder):
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", *(p.name for p in HUB_FILES)} <= names
+    code = files_reached("modeling_moleblend", "processing_moleblend")
+    assert {"heads_moleblend.py", "targets_moleblend.py", "configuration_moleblend.py", "graphs_moleblend.py"} <= code
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", *code} <= names
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {
         "AutoConfig",
         "AutoModel",
         "AutoModelForPreTraining",
         "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
         "AutoProcessor",
         "AutoFeatureExtractor",
     }
@@ -136,7 +154,7 @@ with torch.no_grad():
 first = outputs.loss if outputs.get("loss") is not None else outputs[0]
 model.save_pretrained({again!r})
 processor.save_pretrained({again!r})
-print(json.dumps([type(model).__name__, type(config).__name__, first.double().sum().item()]))
+print(json.dumps([type(model).__name__, type(config).__name__, first.flatten().tolist()]))
 """
 
 
@@ -146,24 +164,33 @@ print(json.dumps([type(model).__name__, type(config).__name__, first.double().su
         ("AutoModel", MoleBlendModel),
         ("AutoModelForPreTraining", MoleBlendForPreTraining),
         ("AutoModelForSequenceClassification", MoleBlendForSequenceClassification),
+        ("AutoModelForTokenClassification", MoleBlendForTokenClassification),
+        ("AutoModelForSequenceClassification", MoleBlendEnsembleForSequenceClassification),
     ],
 )
 def test_a_saved_folder_loads_without_the_package_and_saves_again(tmp_path, auto, model_class):
     folder, again = tmp_path / "saved", tmp_path / "again"
-    model = model_class(tiny_config(num_labels=2)).eval()
+    config = tiny_config()
+    if model_class not in (MoleBlendModel, MoleBlendForPreTraining):
+        transforms = ["signed_log10", "none"]
+        scales = {"target_means": [0.4, -3.0], "target_scales": [0.2, 2.0], "target_transforms": transforms}
+        config = tiny_config(num_labels=2, problem_type="regression", **scales)
+    if model_class is MoleBlendEnsembleForSequenceClassification:
+        config = MoleBlendEnsembleConfig(**{**config.to_diff_dict(), "auto_map": None, "num_members": 2})
+    model = model_class(config).eval()
     model.save_pretrained(folder)
     MoleBlendProcessor(max_atoms=77).save_pretrained(folder)
     draws = {"generator": torch.Generator().manual_seed(0)} if model_class is MoleBlendForPreTraining else {}
     with torch.no_grad():
         outputs = model(**MoleBlendProcessor()(SMILES), **draws)
-    expected = (outputs.loss if outputs.get("loss") is not None else outputs[0]).double().sum().item()
-    # What was saved without the package loads without it, too: once is enough.
-    sources = (folder, again) if auto == "AutoModel" else (folder,)
+    expected = outputs.loss if outputs.get("loss") is not None else outputs[0]
+    # What was saved without the package loads without it, too: once a config is enough.
+    sources = (folder, again) if auto == "AutoModel" or "Ensemble" in model_class.__name__ else (folder,)
     for source in sources:
         code = LOAD.format(auto=auto, folder=str(source), again=str(again), smiles=SMILES)
         name, config_name, result = json.loads(in_fresh_process(code, tmp_path).splitlines()[-1])
-        assert (name, config_name) == (model_class.__name__, "MoleBlendConfig")
-        assert result == pytest.approx(expected, abs=1e-5)
+        assert (name, config_name) == (model_class.__name__, type(config).__name__)
+        assert result == pytest.approx(expected.flatten().tolist(), abs=1e-6)
     assert (again / "processing_moleblend.py").exists()
 
 
@@ -171,14 +198,16 @@ def test_every_auto_model_loads_from_a_pretraining_folder(tmp_path, folder):
     """A checkpoint to fine-tune from: the head is new and said to be, the encoder is not."""
     code = f"""
 import json, torch
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 base = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model, report = AutoModelForSequenceClassification.from_pretrained(
-    {str(folder)!r}, trust_remote_code=True, num_labels=3, output_loading_info=True)
-assert torch.equal(base.graph_token, model.moleblend.graph_token)
-print(json.dumps([model.config.num_labels, sorted(report["missing_keys"])]))
+for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    model, report = auto.from_pretrained(
+        {str(folder)!r}, trust_remote_code=True, num_labels=3, output_loading_info=True)
+    assert torch.equal(base.graph_token, model.moleblend.graph_token)
+    print(json.dumps([model.config.num_labels, sorted(report["missing_keys"])]))
 """
-    num_labels, missing = json.loads(in_fresh_process(code, tmp_path).splitlines()[-1])
-    assert num_labels == 3
-    assert missing
-    assert all(name.startswith("classifier.") for name in missing)
+    for line in in_fresh_process(code, tmp_path).splitlines()[-2:]:
+        num_labels, missing = json.loads(line)
+        assert num_labels == 3
+        assert missing
+        assert all(name.startswith("classifier.") for name in missing)

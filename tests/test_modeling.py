@@ -14,6 +14,7 @@ from tiny import SMILES, golden_model, tiny_config, without_dropout
 from moleblend_hf import (
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendModel,
     MoleBlendProcessor,
 )
@@ -497,6 +498,81 @@ def test_readouts_ignore_padding(batch, processor, readout):
         for name, value in alone.items()
     }
     torch.testing.assert_close(model(**alone).logits[0], model(**batch).logits[3], atol=1e-5, rtol=0)
+
+
+def test_weights_of_labels_reach_the_loss(batch):
+    model = MoleBlendForSequenceClassification(tiny_config(num_labels=2, problem_type="regression")).eval()
+    labels = torch.randn(len(batch["degree"]), 2)
+    only_first = torch.tensor([1.0, 0.0]).expand_as(labels)
+    expected = torch.nn.functional.mse_loss(model(**batch).logits[:, 0], labels[:, 0])
+    torch.testing.assert_close(model(**batch, labels=labels, label_weights=only_first).loss, expected)
+
+
+# Atoms.
+
+
+@pytest.fixture(scope="module")
+def atom_model():
+    """Two targets of each atom, over the golden weights, with a head drawn wide."""
+    config = copy.deepcopy(golden_model("pretrain").config)
+    config.num_labels, config.problem_type = 2, "regression"
+    config.target_means, config.target_scales = [0.3, 0.1], [0.5, 0.2]
+    config.target_transforms = ["none", "signed_log10"]
+    torch.manual_seed(0)
+    model = MoleBlendForTokenClassification(config).eval()
+    model.moleblend.load_state_dict(golden_model("pretrain").moleblend.state_dict())
+    torch.nn.init.normal_(model.classifier.out_proj.weight, std=0.3)
+    return model
+
+
+def atom_values(model, batch) -> list[torch.Tensor]:
+    """Logits of the atoms of each molecule, without padding."""
+    with torch.no_grad():
+        logits = model(**batch).logits
+    return [values[:size] for values, size in zip(logits, batch["attention_mask"].sum(1), strict=True)]
+
+
+def test_values_of_atoms_move_with_the_atoms(atom_model, processor, real_molecules):
+    smiles, coordinates = (values[:50] for values in real_molecules)
+    generator = np.random.default_rng(0)
+    mols = [Chem.MolFromSmiles(one) for one in smiles]
+    orders = [generator.permutation(mol.GetNumAtoms()).tolist() for mol in mols]
+    renumbered = [Chem.RenumberAtoms(mol, order) for mol, order in zip(mols, orders, strict=True)]
+    permuted = [xyz[order] for xyz, order in zip(coordinates, orders, strict=True)]
+    before = atom_values(atom_model, processor(mols, coordinates=coordinates))
+    after = atom_values(atom_model, processor(renumbered, coordinates=permuted))
+    assert_same([values[order] for values, order in zip(before, orders, strict=True)], after)
+    assert max(values.std(0).min() for values in before) > 1e-3  # atoms differ by far more than the tolerance
+
+
+def test_values_and_loss_of_atoms_ignore_padding(atom_model, processor, real_molecules):
+    smiles, coordinates = (values[:50] for values in real_molecules)
+    together = processor(smiles, coordinates=coordinates)
+    alone = [
+        atom_values(atom_model, processor(one, coordinates=xyz))[0]
+        for one, xyz in zip(smiles, coordinates, strict=True)
+    ]
+    assert_same(atom_values(atom_model, together), alone)
+    labels = torch.full((*together["attention_mask"].shape, 2), float("nan"))
+    for row, values in enumerate(alone):
+        labels[row, : len(values)] = values
+    labels[0, 0] = float("nan")
+    torch.testing.assert_close(atom_model(**together, labels=labels).loss, torch.tensor(0.0), atol=1e-8, rtol=0)
+
+
+def test_one_target_and_classes_of_atoms(batch):
+    """`(B, N)` labels for one target; class indices with -100 in gaps and padding."""
+    mask = batch["attention_mask"].bool()
+    model = MoleBlendForTokenClassification(tiny_config(num_labels=1)).eval()
+    outputs = model(**batch, labels=torch.ones(mask.shape).masked_fill(~mask, float("nan")))
+    assert outputs.logits.shape == (*mask.shape, 1)
+    torch.testing.assert_close(outputs.loss, (outputs.logits[mask] - 1).square().mean())
+    model = MoleBlendForTokenClassification(tiny_config(num_labels=3)).eval()
+    labels = torch.randint(0, 3, mask.shape).masked_fill(~mask, -100)
+    labels[0, 0] = -100
+    outputs = model(**batch, labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[labels >= 0], labels[labels >= 0])
+    torch.testing.assert_close(outputs.loss, expected)
 
 
 # Initialisation.

@@ -1,4 +1,4 @@
-"""transformers' own `ModelTesterMixin` on the three models.
+"""transformers' own `ModelTesterMixin` on the models.
 
 It lives in the source of transformers, not in its wheel:
 
@@ -14,6 +14,7 @@ import os
 import sys
 import types
 import unittest
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,8 +22,12 @@ from tiny import tiny_config
 from transformers.models.auto import modeling_auto
 
 from moleblend_hf import (
+    MoleBlendConfig,
+    MoleBlendEnsembleConfig,
+    MoleBlendEnsembleForSequenceClassification,
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendModel,
 )
 
@@ -45,13 +50,18 @@ from tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 # The tester asks transformers' own lists which models take labels and which have no loss.
 modeling_auto.MODEL_MAPPING_NAMES["moleblend"] = "MoleBlendModel"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["moleblend"] = "MoleBlendForSequenceClassification"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["moleblend_ensemble"] = (
+    "MoleBlendEnsembleForSequenceClassification"
+)
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["moleblend"] = "MoleBlendForTokenClassification"
 
 
 class MoleBlendModelTester:
     """Tiny batches of random atoms with all relations."""
 
-    def __init__(self, parent, batch_size=3, num_atoms=7):
+    def __init__(self, parent, config_changes, batch_size=3, num_atoms=7):
         self.parent = parent
+        self.config_changes = config_changes
         self.batch_size = batch_size
         self.num_atoms = num_atoms
         self.seq_length = num_atoms + 1  # the graph token
@@ -63,7 +73,8 @@ class MoleBlendModelTester:
         self.is_training = True
 
     def get_config(self):
-        return tiny_config(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_labels=2)
+        config = tiny_config(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_labels=2)
+        return self.parent.config_class(**{**config.to_diff_dict(), "auto_map": None, **self.config_changes})
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
@@ -85,20 +96,29 @@ class MoleBlendModelTester:
 
 
 class MoleBlendCommonTest(ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (MoleBlendModel, MoleBlendForPreTraining, MoleBlendForSequenceClassification)
+    config_class = MoleBlendConfig
+    config_changes: ClassVar = {}
+    all_model_classes = (
+        MoleBlendModel,
+        MoleBlendForPreTraining,
+        MoleBlendForSequenceClassification,
+        MoleBlendForTokenClassification,
+    )
     test_resize_embeddings = False
     test_missing_keys = False
 
     def setUp(self):
-        self.model_tester = MoleBlendModelTester(self)
+        self.model_tester = MoleBlendModelTester(self, self.config_changes)
 
     @unittest.skip("it resizes `vocab_size`, which MoleBLEND does not have; the next test changes `num_labels`")
     def test_load_with_mismatched_shapes(self):
         pass
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        """With the draws of pretraining given, its model is as deterministic as the others."""
+        """With the draws of pretraining given, its model is as deterministic as the others; labels of atoms fit the atoms."""
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class is MoleBlendForTokenClassification:
+            inputs["labels"] = torch.zeros_like(inputs["attention_mask"])  # of atoms: the graph token has none
         if model_class is MoleBlendForPreTraining:
             generator = torch.Generator().manual_seed(0)
             size, num_atoms, _ = inputs["atom_features"].shape
@@ -107,3 +127,17 @@ class MoleBlendCommonTest(ModelTesterMixin, unittest.TestCase):
             inputs["atom_modality_ids"] = torch.randint(0, 2, (num_atoms,), generator=generator).repeat(size, 1)
             inputs["coordinate_noise"] = 0.2 * torch.randn(num_atoms, 3, generator=generator).repeat(size, 1, 1)
         return inputs
+
+
+class MoleBlendEnsembleCommonTest(MoleBlendCommonTest):
+    config_class = MoleBlendEnsembleConfig
+    config_changes: ClassVar = {"num_members": 2, "problem_type": "single_label_classification"}
+    all_model_classes = (MoleBlendEnsembleForSequenceClassification,)
+
+    @unittest.skip("each member has embeddings of its own")
+    def test_model_get_set_embeddings(self):
+        pass
+
+    @unittest.skip("the states returned are the members', stacked: no gradient passes through the copy")
+    def test_retain_grad_hidden_states_attentions(self):
+        pass
