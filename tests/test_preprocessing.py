@@ -646,7 +646,7 @@ def test_a_file_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", half)
     with pytest.raises(OSError, match="No space left"):
-        parts._write(pa.table({}), tmp_path / "rows.parquet")
+        parts.write_whole(pa.table({}), tmp_path / "rows.parquet")
     assert list(tmp_path.iterdir()) == []
 
 

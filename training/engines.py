@@ -9,13 +9,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
 from parts import Part, PartSettings, after_failure, featurize_part
+
+S = TypeVar("S", bound=PartSettings)
 
 ENGINES = ("local", "ray")
 # What takes seconds to import, and is imported once for all processes. Only packages: Python 3.11 does not tell the server
@@ -25,8 +27,10 @@ KILLED = "had its process killed, as happens when memory runs out"
 PARTS_A_PROCESS = 2  # in work and waiting, so that no process ever waits for the reader
 
 
-def run_locally(parts: Iterable[Part], settings: PartSettings, num_proc: int) -> Iterator[tuple[int, int]]:
-    """Numbers of rows and rejections of each part, from `num_proc` processes."""
+def run_locally(
+    parts: Iterable[Part], settings: S, num_proc: int, work: Callable[[Part, S], tuple[int, int]] = featurize_part
+) -> Iterator[tuple[int, int]]:
+    """Numbers of rows and rejections of each part, which are what `work` returns, from `num_proc` processes."""
     # Forked by a server that runs no thread: forks of this process could hang.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -40,11 +44,11 @@ def run_locally(parts: Iterable[Part], settings: PartSettings, num_proc: int) ->
                     yield future.result()
                 except ProcessExpired as error:
                     again = after_failure(part, settings, _ending(error.exitcode))
-                    pending[pool.schedule(featurize_part, args=(again, settings))] = again
+                    pending[pool.schedule(work, args=(again, settings))] = again
 
         try:
             for part in parts:
-                pending[pool.schedule(featurize_part, args=(part, settings))] = part
+                pending[pool.schedule(work, args=(part, settings))] = part
                 while len(pending) >= PARTS_A_PROCESS * num_proc:
                     yield from finished()
             while pending:

@@ -130,8 +130,8 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
         if name not in GRAPH_COLUMNS
     }
     table = pa.table({name: arrays[name] for name in columns.names}, schema=columns)
-    _write(pa.Table.from_pylist(rejected, REJECTED), part.path("rejected"))
-    _write(table, part.path("rows"))
+    write_whole(pa.Table.from_pylist(rejected, REJECTED), part.path("rejected"))
+    write_whole(table, part.path("rows"))
     return len(rows), len(rejected)
 
 
@@ -320,7 +320,7 @@ def _marked(part: Part) -> Iterator[Any]:
     path.unlink(missing_ok=True)
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def write_whole(table: pa.Table, path: Path) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
