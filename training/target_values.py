@@ -74,7 +74,7 @@ def stored_numbers(values: str | list, target: Target, factor: float = 1.0) -> l
         marker = _MARKER.match(values)
         missing = {*MISSING_VALUES, marker[1].lower()} if marker else MISSING_VALUES
         text = values[marker.end() :] if marker else values.removeprefix("[").removesuffix("]")
-        items = [token.strip("'\"") for token in _SEPARATOR.split(text.strip())]
+        items = [token.strip('"') for token in _SEPARATOR.split(text.strip())] if text.strip() else []
         values = [None if token.lower() in missing else token for token in items]
     return [
         None if value is None or value != value else stored_number(value, target, factor)  # NaN is not itself
