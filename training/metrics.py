@@ -234,11 +234,12 @@ def _classification(
     """Of labels (n,) and probabilities (n, C); the areas are of `scores` for the 0 and 1 of `against_rest`."""
     if not len(label):
         return dict.fromkeys(METRICS[BINARY], "no labels with a prediction")
+    num_classes = probabilities.shape[1]
     called = probabilities.argmax(-1)
-    if probabilities.shape[1] == 2:
+    if num_classes == 2:
         called = (probabilities[:, 1] >= THRESHOLD).astype(int)
     found: dict[str, Any] = {"accuracy": accuracy_score(label, called)}
-    absent = sorted(set(range(probabilities.shape[1])) - set(label.tolist()))
+    absent = sorted(set(range(num_classes)) - set(label.tolist()))
     if absent:
         what = "all labels are " + str(label[0]) if len(set(label.tolist())) == 1 else f"no label is {absent[0]}"
         return {**dict.fromkeys(METRICS[BINARY], what), **found}
@@ -261,7 +262,7 @@ def _sets(one_hot: np.ndarray, prediction_sets: np.ndarray) -> dict[str, Any]:
 
 def _summary(found: dict[str, dict[str, Any]], no_mean: frozenset[str] = frozenset()) -> dict[str, Any]:
     targets: dict[str, dict[str, Any]] = {}
-    undefined = []
+    undefined: list[dict[str, str | None]] = []
     for name, figures in found.items():
         targets[name] = {}
         for metric, figure in figures.items():

@@ -14,10 +14,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedConfig
 
 from data import PreprocessedDataset
 from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
-from moleblend_hf import MoleBlendConfig
 from reporting import CARDS, render
 from result_plots import MAX_PANELS, plot_coverage, plot_parity, plot_reliability, plot_roc
 from splits import SPLITS, split_hash
@@ -97,6 +97,7 @@ class SplitFacts:
     leakage: dict[str, int] | None  # by pair of parts: molecules (InChIKeys) in both; None: nobody looked
     seed: int | None = None  # of a split that draws
     fractions: list[float] | None = None
+    tested: str = "test"  # part that the figures are of
 
     @classmethod
     def of(
@@ -105,6 +106,7 @@ class SplitFacts:
         parts: Mapping[str, datasets.Dataset],
         seed: int | None = None,
         fractions: list[float] | None = None,
+        tested: str = "test",
     ) -> "SplitFacts":
         """From the rows of each part, which have an `id` and, for the leakage, an `inchikey`."""
         keys = {
@@ -122,12 +124,8 @@ class SplitFacts:
             else None,
             seed=seed if name in DRAWN_SPLITS else None,
             fractions=fractions if name in SPLITS else None,
+            tested=tested,
         )
-
-    @property
-    def tested(self) -> str:
-        """Name of the part that is tested on."""
-        return "test" if "test" in self.parts else next(iter(self.parts))
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class Experiment:
         return next(run for run in self.runs if run.name == self.reported)
 
 
-def write_report(experiment: Experiment, output_dir: str | Path, config: MoleBlendConfig) -> dict[str, Any]:
+def write_report(experiment: Experiment, output_dir: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
     """Write metrics.json, the plots and README.md into a folder, and return the content of metrics.json."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -336,7 +334,7 @@ def _covered(experiment: Experiment, results: Mapping[str, Any]) -> dict[str, di
 
 
 def card(
-    experiment: Experiment, results: Mapping[str, Any], plots: list[tuple[str, str]], config: MoleBlendConfig
+    experiment: Experiment, results: Mapping[str, Any], plots: list[tuple[str, str]], config: PreTrainedConfig
 ) -> str:
     """The text of README.md."""
     found = _reported(experiment, results)
@@ -431,8 +429,10 @@ def _models_table(experiment: Experiment, results: Mapping[str, Any]) -> Table:
     ]
     unit = experiment.target_units[0]
     header = ["Model", "Runs"]
+    num, counts = len(experiment.target_names), _reported(experiment, results)["mean"]["num_targets"]
     for metric in metrics:
         title = f"{TITLES[metric]} ({unit})" if metric in IN_UNITS and unit else TITLES[metric]
+        title += f" of {counts[metric]} of {num} targets" if counts[metric] < num else ""
         header += [f"{title}, test", "validation"]
     rows = []
     for name, model in results["models"].items():

@@ -101,8 +101,8 @@ def plot_learning_curves(
     axes = figure.subplots()
     for name, errors in curves.items():
         sizes = sorted(errors)
-        means = [np.mean(errors[size]) for size in sizes]
-        stds = [np.std(errors[size], ddof=1) if len(errors[size]) > 1 else 0.0 for size in sizes]
+        means = [float(np.mean(errors[size])) for size in sizes]
+        stds = [float(np.std(errors[size], ddof=1)) if len(errors[size]) > 1 else 0.0 for size in sizes]
         axes.errorbar(sizes, means, yerr=stds, marker="o", capsize=3, label=name)
     axes.set(xscale="log", yscale="log")
     _label(axes, title, "training molecules", metric)

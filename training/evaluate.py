@@ -1,0 +1,226 @@
+r"""Measure how good a fine-tuned checkpoint is on labelled molecules, and write the report that fine-tuning writes.
+
+A table        python training/evaluate.py --model FOLDER --input new.csv --smiles_column SMILES --output_dir OUT
+Some targets   ... --targets gap,mu                          (columns named like targets of the model; left out: all of them)
+A dataset      ... --input data/qm9 --split validation       (a folder that preprocess.py wrote, or its name on the Hub)
+Classes        ... --targets phase                           (the column whose cells are the model's classes)
+
+The molecules are featurized as the checkpoint's processor says; rows that cannot be read are in OUT/data/rejected.parquet with
+the reason. OUT/metrics.json has every figure, OUT/README.md says what they mean. Nothing is trained or chosen.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+import preprocess
+from data import ABOUT, PreprocessedDataset, open_dataset
+from labels import graphs_of, labelled
+from metrics import CLASSES, REGRESSION, TITLES
+from moleblend_hf import MoleBlendProcessor
+from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, target_names
+from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
+from reporting import environment
+from settings import as_flags, load_settings, setting
+from sources import source_of
+
+TASKS = {"multi_label_classification": "classification", "single_label_classification": "classes"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationSettings:
+    """What to evaluate on what; model, input and output_dir have to be given."""
+
+    model: str = setting("model", "folder of a fine-tuned checkpoint, or its name on the Hub")
+
+    input: str = setting("data", "CSV, TSV, SDF or Parquet file, or a preprocessed dataset (folder, Hub name)")
+    source: str | None = setting("data", "layout of a file, as in preprocess.py; else by its ending", None)
+    smiles_column: str | None = setting("data", "column of the SMILES; else guessed from its name", None)
+    targets: list[str] | None = setting("data", "columns to compare with, A,B; else all targets of the model", None)
+    split: str | None = setting("data", "part of the dataset; else test, or all rows where there are no parts", None)
+    preprocessing: dict[str, Any] = setting(
+        "data", "further settings of preprocess.py for a file, e.g. split_column=set units='{gap: hartree}'", {}
+    )
+
+    output_dir: str = setting("output", "where everything is written")
+    overwrite: bool = setting("output", "delete what is in OUTPUT_DIR", False)
+    num_proc: int = setting("output", "processes that featurize", 1)
+
+
+def parse_args(argv: list[str] | None = None) -> EvaluationSettings:
+    """Settings from the flags, and from a YAML file if one is named."""
+    return load_settings(EvaluationSettings, __doc__, None, argv)
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A model with a head that has been trained."""
+    model, loading = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+    if "MoleBlendForTokenClassification" in (model.config.architectures or []):
+        raise ValueError(
+            f"{name!r} predicts for atoms, which this script does not measure. Give a model of molecules."
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{name!r} is not fine-tuned: it gives no weights for {', '.join(missing)}. Train it with training/finetune.py."
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen_targets(settings: EvaluationSettings, model: PreTrainedModel) -> tuple[list[str], list[int]]:
+    """The targets to measure, and their columns among the outputs; of classes the one target, and all outputs."""
+    names = target_names(model.config)
+    if prediction_type(model.config) == CLASSES:
+        if settings.targets is None or len(settings.targets) != 1:
+            raise ValueError(
+                f"{settings.model!r} predicts which of {', '.join(names)} a molecule is. Name the one column that says so with "
+                "--targets."
+            )
+        return settings.targets, list(range(len(names)))
+    chosen = settings.targets or names
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(
+            f"{settings.model!r} has no target {unknown[0]!r}. Its targets: {', '.join(names)}. Choose of these with --targets, "
+            "and name the columns of the input like them."
+        )
+    return chosen, [names.index(name) for name in chosen]
+
+
+def prepared(
+    settings: EvaluationSettings, processor: MoleBlendProcessor, model: PreTrainedModel, targets: Sequence[str]
+) -> PreprocessedDataset:
+    """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for the model's processor."""
+    name = settings.input
+    if (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1):
+        return open_dataset(name)
+    problem_type = prediction_type(model.config)
+    shared = {field.name for field in dataclasses.fields(preprocess.PreprocessingSettings)} & set(processor.to_dict())
+    values: dict[str, Any] = {
+        "source": settings.source or source_of(name),
+        "input": name,
+        "output": str(Path(settings.output_dir, "data")),
+        "smiles_column": settings.smiles_column,
+        "targets": list(targets),
+        "num_proc": settings.num_proc,
+        **{each: getattr(processor, each) for each in sorted(shared)},
+    }
+    if problem_type != REGRESSION:
+        values["tasks"] = dict.fromkeys(targets, TASKS[problem_type])
+    if problem_type == CLASSES:
+        values["class_names"] = target_names(model.config)
+    preprocess.main(as_flags(values | settings.preprocessing))
+    return open_dataset(values["output"])
+
+
+def chosen_part(settings: EvaluationSettings, dataset: PreprocessedDataset) -> str:
+    """Name of the part to evaluate on."""
+    parts = list(dataset.splits)
+    part = settings.split or (parts[0] if len(parts) == 1 else "test")
+    if part not in parts:
+        raise ValueError(
+            f"The dataset {dataset.name!r} has no part {part!r}. Choose of {', '.join(parts)} with --split."
+        )
+    return part
+
+
+def check_units(dataset: PreprocessedDataset, units: dict[str, str | None]) -> None:
+    """Raise where the dataset says that its labels have another unit than the model's predictions."""
+    for target in dataset.about["targets"]:
+        expected = units.get(target["name"])
+        if expected and target["unit"] and target["unit"] != expected:
+            raise ValueError(
+                f"The labels of {target['name']!r} are in {target['unit']}, but the model predicts {expected}. Convert them in "
+                f"preprocessing, with --convert {target['name']}={expected}."
+            )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate as the arguments say, and return what metrics.json holds."""
+    settings = parse_args(argv)
+    output_dir = Path(settings.output_dir)
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
+        raise FileExistsError(
+            f"{output_dir} is not empty. Choose another --output_dir, or delete it with --overwrite."
+        )
+    model, processor = load_model(settings.model), MoleBlendProcessor.from_pretrained(settings.model)
+    config, problem_type = model.config, prediction_type(model.config)
+    targets, columns = chosen_targets(settings, model)
+    all_units = dict(zip(target_names(config), config.target_units or [], strict=False))
+    units = {name: all_units.get(name) or None for name in targets}
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True)
+
+    dataset = prepared(settings, processor, model, targets)
+    dataset.check(processor)
+    check_units(dataset, units)
+    part = chosen_part(settings, dataset)
+    rows = dataset.splits[part]
+    known = np.flatnonzero(~np.isnan(labelled(rows, targets).labels).all(1))
+    if not len(known):
+        raise ValueError(
+            f"No molecule in part {part!r} of {dataset.name!r} has a label of {', '.join(targets)}. Name other --targets, or "
+            "another part with --split."
+        )
+    rows = rows.select(known)
+    data = labelled(rows, targets)
+    check_classes(data.labels, targets, problem_type, len(columns))
+    found = predict_graphs(model, processor, graphs_of(rows))
+    intervals = {
+        name: None if array is None else array[:, columns]
+        for name, array in (("lower", found.lower), ("upper", found.upper), ("prediction_sets", found.prediction_sets))
+    }
+    test = SplitPredictions(data.ids, data.smiles, data.labels, found.values[:, columns], **intervals)
+
+    about = dataset.about["settings"]
+    has_parts = len(dataset.splits) > 1
+    experiment = Experiment(
+        problem_type=problem_type,
+        target_names=targets,
+        target_units=list(units.values()),
+        class_names=target_names(config) if problem_type == CLASSES else None,
+        runs=[Run(MODEL, None, test)],
+        reported=MODEL,
+        dataset=DatasetFacts.of(dataset, Path(settings.input).name),
+        split=SplitFacts.of(
+            (about["split"] or "given") if has_parts else "none",
+            {**dataset.splits, part: rows} if has_parts else {"all": rows},
+            about["split_seed"],
+            about["split_fractions"],
+            tested=part if has_parts else "all",
+        ),
+        settings=dataclasses.asdict(settings),
+        command=shlex.join(["python", "training/evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
+        environment=environment(model.device),
+        num_parameters=model.num_parameters(),
+        conformal_coverage=config.conformal_coverage,
+        model=settings.model,
+    )
+    results = write_report(experiment, output_dir, config)
+    mean = results["models"][MODEL]["test"]["mean"]
+    print(", ".join(f"{TITLES[metric]} {shown(found, metric)}" for metric, found in mean.items()))
+    print(f"Done. {output_dir}/README.md says how good the model is.")
+    return results
+
+
+def check_classes(labels: np.ndarray, targets: Sequence[str], problem_type: str, num_classes: int) -> None:
+    """Raise for labels that are none of the model's classes."""
+    if problem_type == REGRESSION:
+        return
+    allowed = range(num_classes) if problem_type == CLASSES else range(2)
+    for name, values in zip(targets, labels.T, strict=True):
+        if wrong := sorted(set(values[~np.isnan(values)].tolist()) - set(allowed)):
+            raise ValueError(
+                f"Target {name!r} has the label {wrong[0]:g}, but the model knows the classes {allowed[0]} to {allowed[-1]}. "
+                "Preprocess the labels as these classes."
+            )
+
+
+if __name__ == "__main__":
+    main()
