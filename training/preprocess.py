@@ -20,7 +20,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,11 @@ def featurize_all(settings: PreprocessingSettings, source: Source, work: Path) -
 
 def main(argv: list[str] | None = None) -> Assembly:
     """Preprocess as the arguments say."""
-    settings = parse_args(argv)
+    return run(parse_args(argv), sys.argv[1:] if argv is None else argv)
+
+
+def run(settings: PreprocessingSettings, arguments: Sequence[str]) -> Assembly:
+    """Preprocess as the settings say; the card names the arguments."""
     source = opened_source(settings)
     for note in source.notes:
         print(note)
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> Assembly:
         done = featurize_all(settings, source, work)
         units = stored_units(settings, source)
         assembly = assemble(settings, source, work, folder, done["parts"], done["read"], units)
-        write_dataset_card(settings, source, assembly, sys.argv[1:] if argv is None else argv, folder)
+        write_dataset_card(settings, source, assembly, arguments, folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
