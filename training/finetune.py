@@ -5,7 +5,7 @@ Binary tasks   ... --task classification --targets active,toxic        (cells 0 
 Geometries     ... --input my.sdf --targets gap                        (an SDF with 3D; or --modality 2d+3d to make conformers)
 A dataset      ... --input data/qm9 --targets gap,mu                   (a folder that preprocess.py wrote, or its name on the Hub)
 Three seeds    ... --seeds 3 --from_scratch also                       (an ensemble of three; the same from random weights beside it)
-A recipe       ... --config training/configs/finetune_moleculenet.yaml
+A recipe       ... --config training/configs/finetuning/moleculenet.yaml
 Eight GPUs     accelerate launch --multi_gpu --num_processes 8 training/finetune.py ...
 
 Every choice (the epoch, with --search_trials the learning rate and others) is made on the validation part. The test part is
@@ -99,6 +99,9 @@ class FinetuningSettings:
     source: str | None = setting("data", "layout of a file, as in preprocess.py; else by its ending", None)
     smiles_column: str | None = setting("data", "column of the SMILES; else guessed from its name", None)
     targets: list[str] | None = setting("data", "columns to predict, A,B; else all targets of the dataset", None)
+    atom_targets: list[str] | None = setting(
+        "data", "instead: lists of a value for each atom, as in preprocess.py", None
+    )
     task: str | None = setting("data", "what they are; else what the dataset says", None, choices=tuple(PROBLEM_TYPES))
     transforms: dict[str, str] = setting(
         "data", "learn a target on another scale: --transforms ic50=log10, or signed_log10", {}
@@ -153,13 +156,15 @@ class FinetuningSettings:
             raise ValueError(
                 f"folds must be 2 or more, with one model for each, got {self.folds} and {self.seeds} seeds."
             )
+        if self.targets and self.atom_targets:
+            raise ValueError("A model predicts targets of molecules or of atoms. Give --targets or --atom_targets.")
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {self.coverage}.")
 
 
 def parse_args(argv: list[str] | None = None) -> FinetuningSettings:
     """Settings from the YAML file and the flags."""
-    return load_settings(FinetuningSettings, __doc__, HERE / "configs" / "finetune.yaml", argv)
+    return load_settings(FinetuningSettings, __doc__, HERE / "configs" / "finetuning" / "default.yaml", argv)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -411,6 +416,7 @@ def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> Pre
         "output": str(folder),
         "smiles_column": settings.smiles_column,
         "targets": settings.targets,
+        "atom_targets": settings.atom_targets,
         "modality": settings.modality,
         "num_conformers": settings.num_conformers,
         "hydrogens": processor.hydrogens,
@@ -419,8 +425,8 @@ def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> Pre
         "split_seed": settings.split_seed,
         "num_proc": settings.num_proc,
     }
-    if settings.task is not None and settings.targets is not None:
-        values["tasks"] = dict.fromkeys(settings.targets, settings.task)
+    if settings.task is not None:
+        values["tasks"] = dict.fromkeys(settings.atom_targets or settings.targets or (), settings.task)
     preprocess.main(as_flags(values | settings.preprocessing))
     return open_dataset(folder)
 
@@ -428,7 +434,7 @@ def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> Pre
 def task_of(settings: FinetuningSettings, dataset: PreprocessedDataset) -> Task:
     """The task that the settings name, or that the dataset has."""
     stored = {target["name"]: target for target in dataset.about["targets"]}
-    names = settings.targets or list(stored)
+    names = settings.atom_targets or settings.targets or list(stored)
     if unknown := [name for name in [*names, *settings.transforms] if name not in stored]:
         raise ValueError(
             f"The dataset {dataset.name!r} has no target {unknown[0]!r}. Its targets: {', '.join(stored) or 'none'}. Name "

@@ -1,0 +1,362 @@
+"""training/finetune.py: what a fine-tuning promises, on a few molecules and a tiny model, on CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import load_dataset
+from huggingface_hub import ModelCard
+from rdkit import Chem
+from safetensors.torch import load_file
+from tiny import tiny_config
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+import finetune
+from calibration import conformal_quantile, conformal_quantiles
+from moleblend_hf import (
+    MoleBlendForPreTraining,
+    MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
+    MoleBlendProcessor,
+)
+from moleblend_hf.prediction_moleblend import predict_graphs
+from optimization import freeze, parameter_groups
+from tasks import Task
+
+TRAINING = Path(finetune.__file__).parent
+RECIPES = sorted((TRAINING / "configs" / "finetuning").glob("*.yaml"))
+SHORT = ["--epochs", "2", "--batch_size", "8", "--learning_rate", "1e-3", "--no-baseline"]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Runs of one process on the CPU, which Accelerate's process-wide state does not carry from test to test."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A pretrained checkpoint, but for the pretraining."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(folder)
+    MoleBlendProcessor().save_pretrained(folder)
+    return folder
+
+
+MOLECULES = [f"{'C' * length}{end}" for length in range(1, 13) for end in ("O", "N", "F", "C(=O)O", "c1ccccc1")]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """60 molecules: their number of atoms, whether they have oxygen, a class, a gap, a broken row."""
+    path = tmp_path_factory.mktemp("table") / "molecules.csv"
+    lines = ["SMILES,size,oxygen,kind,part"]
+    for index, smiles in enumerate(MOLECULES):
+        mol = Chem.MolFromSmiles(smiles)
+        size = "" if index == 7 else mol.GetNumAtoms() * 10.0
+        part = ("train", "train", "train", "valid", "test")[(3 * index + index // 5) % 5]
+        lines.append(f"{smiles},{size},{int('O' in smiles)},{index % 3},{part}")
+    lines.append("C1CC,1.0,0,0,train")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
+    """Fine-tune in this process on the parts that the table names; later flags win."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    given = ["--split", "given", "--preprocessing", "split_column=part"] if data.suffix == ".csv" else []
+    return finetune.main(
+        ["--model", str(base), "--input", str(data), "--output_dir", str(output), *given, *SHORT, *flags]
+    )
+
+
+def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table, tmp_path):
+    output = tmp_path / "model"
+    run(
+        base, table, output, "--targets", "size", "--smiles_column", "SMILES", "--seeds", "2", "--from_scratch", "also"
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    processor = AutoProcessor.from_pretrained(output)
+    assert model.config.num_members == 2
+    assert model.config.id2label == {0: "size"}
+    assert processor.modality == "2d"  # there was no geometry, so none will be read
+    metrics = json.loads((output / "metrics.json").read_text())
+    text = json.dumps(metrics)
+    for name in ("MoleBLEND, ensemble", "MoleBLEND from scratch", "MoleBLEND"):
+        assert name in text
+    assert ModelCard.load(output / "README.md").data.library_name == "transformers"
+    # The test rows, predicted anew, have the error of the report.
+    rows = load_dataset("parquet", data_files=str(output / "data" / "data" / "test-*.parquet"), split="train")
+    graphs = processor.featurize_many(list(rows["smiles"]))
+    found = predict_graphs(model, processor, graphs)
+    known = ~np.isnan(np.array(rows["size"], float))
+    rmse = np.sqrt(np.mean((found.values[known, 0] - np.array(rows["size"], float)[known]) ** 2))
+    assert f"{rmse:.4f}"[:5] in text
+    assert ((found.lower <= found.values) & (found.values <= found.upper)).all()
+    # Each member is a checkpoint too, and the broken row is written down.
+    members = [AutoModelForSequenceClassification.from_pretrained(output / "members" / str(seed)) for seed in (0, 1)]
+    values = [predict_graphs(member, processor, graphs).values for member in members]
+    np.testing.assert_allclose(np.mean(values, axis=0), found.values, rtol=1e-6)
+    rejected = load_dataset("parquet", data_files=str(output / "data" / "rejected.parquet"), split="train")
+    assert list(rejected["input"]) == ["C1CC"]
+
+
+def test_the_same_command_gives_the_same_weights(base, table, tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        run(base, table, tmp_path / name, "--targets", "size", "--seed", "3")
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_parts_of_a_step_do_not_change_what_is_learned(base, table, tmp_path):
+    """The loss of a step is the mean over its labels, gaps and class weights included, however it is cut."""
+    weights = []
+    off = ["--model_settings", "attention_dropout=0", "activation_dropout=0", "drop_path_rate=0"]
+    for name, tokens in (("whole", "10000"), ("parts", "40")):
+        flags = ["--targets", "oxygen", "--task", "classification", "--class_weights", "balanced"]
+        run(base, table, tmp_path / name, *flags, "--max_tokens", tokens, *off)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for name, values in weights[0].items():
+        torch.testing.assert_close(values, weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(base, table, tmp_path):
+    off = ["--model_settings", "attention_dropout=0", "activation_dropout=0", "drop_path_rate=0"]
+    arguments = [
+        "--model",
+        str(base),
+        "--input",
+        str(table),
+        "--split",
+        "given",
+        "--preprocessing",
+        "split_column=part",
+    ]
+    arguments += [*SHORT, "--targets", "size", *off]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = str(TRAINING / "finetune.py")
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, script, *arguments, "--output_dir", str(one)], check=True)
+    subprocess.run([*launch, script, *arguments, "--output_dir", str(two)], check=True)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, values in expected.items():
+        torch.testing.assert_close(values, found[name], atol=1e-5, rtol=1e-4)
+
+
+def test_it_learns(base, table, tmp_path):
+    """The number of atoms is learned from the bonds to within a fraction of its spread."""
+    flags = ["--targets", "size", "--epochs", "60", "--patience", "60", "--learning_rate", "3e-3"]
+    run(base, table, tmp_path / "model", *flags, "--model_settings", "readout=mean")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    values = predict_graphs(model, processor, processor.featurize_many(MOLECULES)).values[:, 0]
+    sizes = np.array([Chem.MolFromSmiles(smiles).GetNumAtoms() * 10.0 for smiles in MOLECULES])
+    assert np.abs(values - sizes).mean() < 0.3 * sizes.std()
+
+
+def test_folds_validate_on_what_they_were_not_trained_on(base, table, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "size", "--folds", "3")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert model.config.num_members == 3
+    assert model.config.conformal_quantiles[0] > 0
+
+
+def test_folds_never_share_a_molecule(base, table, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "size")
+    dataset = finetune.open_dataset(tmp_path / "model" / "data")
+    data = finetune.Data.of(dataset, ("size",))
+    rows = np.concatenate([data.parts["train"], data.parts["validation"]])
+    settings = finetune.parse_args(["--model", "m", "--input", "i", "--folds", "4"])
+    folds = list(finetune.fold_rows(data, rows, settings))
+    assert sorted(np.concatenate([validation for _, validation in folds]).tolist()) == sorted(rows.tolist())
+    for training, validation in folds:
+        keys = [{data.labelled.inchikeys[row] for row in part} for part in (training, validation)]
+        assert not keys[0] & keys[1]
+
+
+def test_classes_are_probabilities_that_add_up_to_one(base, table, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "kind", "--task", "classes", "--class_weights", "balanced")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    found = predict_graphs(model, processor, processor.featurize_many(MOLECULES))
+    assert found.values.shape == (60, 3)
+    np.testing.assert_allclose(found.values.sum(1), 1)
+
+
+def test_a_fine_tuned_checkpoint_goes_on(base, table, tmp_path):
+    """The same target keeps head and scales; another one has a new head."""
+    run(base, table, tmp_path / "first", "--targets", "size", "--epochs", "3")
+    run(tmp_path / "first", table, tmp_path / "again", "--targets", "size", "--learning_rate", "0")
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    run(tmp_path / "first", table, tmp_path / "other", "--targets", "size,oxygen", "--task", "regression")
+    other = MoleBlendForSequenceClassification.from_pretrained(tmp_path / "other")
+    assert list(other.config.id2label.values()) == ["size", "oxygen"]
+
+
+def test_a_logarithm_is_learned_and_predicted_back(base, table, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "size", "--transforms", "size=log10")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    found = predict_graphs(model, processor, processor.featurize_many(MOLECULES))
+    assert (found.values > 0).all()
+    assert model.config.target_means[0] < 3  # of the logarithms
+    np.testing.assert_allclose(found.upper / found.values, found.values / found.lower, rtol=1e-5)
+
+
+def test_frozen_layers_do_not_move_and_lower_layers_learn_slower(base, table, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "size", "--frozen_layers", "1")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("moleblend.layers.1.") for name in moved)
+    model = MoleBlendForSequenceClassification(tiny_config())
+    rates = {id(p): group["lr"] for group in parameter_groups(model, 1.0, 0.5, 0.1) for p in group["params"]}
+    assert rates[id(model.classifier.out_proj.weight)] == 1.0
+    assert rates[id(model.moleblend.layers[1].attention.qkv_proj.weight)] == 0.5
+    assert rates[id(model.moleblend.graph_token)] == 0.125
+    freeze(model, 2)
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier"}
+
+
+def test_conformers_are_drawn_in_training_and_averaged_in_prediction(base, table, tmp_path):
+    lines = table.read_text().splitlines()
+    small = tmp_path / "small.csv"
+    small.write_text("\n".join([lines[0], *lines[11:41]]) + "\n")
+    run(base, small, tmp_path / "model", "--targets", "size", "--modality", "2d+3d", "--num_conformers", "3")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert (processor.modality, processor.num_conformers) == ("2d+3d", 3)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    found = predict_graphs(model, processor, processor.featurize_many(["CCCCO"]))
+    assert found.modalities == ["2d+3d"]
+    assert np.isfinite(found.conformer_spread).all()
+    rows = load_dataset("parquet", data_files=str(tmp_path / "model" / "data" / "data" / "*.parquet"), split="train")
+    assert {len(conformers) for conformers in rows["coordinates"]} == {3}
+
+
+def test_targets_of_atoms(base, tmp_path):
+    """A chemical shift, say, for each atom: labels, scaling and gaps as for molecules."""
+    path = tmp_path / "atoms.csv"
+    lines = ["smiles,charge,part"]
+    for index, smiles in enumerate(MOLECULES[:40]):
+        values = [atom.GetAtomicNum() for atom in Chem.MolFromSmiles(smiles).GetAtoms()]
+        part = ("train", "train", "valid", "test")[index // 2 % 4]
+        lines.append(f'{smiles},"{json.dumps(values)}",{part}')
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = ["--atom_targets", "charge"]
+    run(base, path, tmp_path / "model", *flags, "--epochs", "40", "--patience", "40", "--learning_rate", "3e-3")
+    model = MoleBlendForTokenClassification.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        found = model(**processor("FCCCCO")).logits[0, :, 0]
+    assert abs(found[0] - 9) < 1
+    assert abs(found[-1] - 8) < 1
+    assert (found[1:-1] - 6).abs().max() < 1
+
+
+def test_optuna_chooses_on_validation(base, table, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    run(base, table, tmp_path / "model", "--targets", "size", "--search_trials", "2", "--epochs", "1")
+    assert "best of 2 trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read(path):
+    settings = finetune.parse_args(["--config", str(path), "--model", "somewhere", "--input", "something"])
+    assert settings.description
+    tiny_config(**settings.model_settings)
+
+
+def test_what_cannot_work_is_said(base, table, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="'weight'"):
+        run(base, table, out, "--targets", "weight")
+    with pytest.raises(ValueError, match="'Smiles'"):
+        run(base, table, tmp_path / "out2", "--smiles_column", "Smiles", "--targets", "size")
+    with pytest.raises(ValueError, match=r"targets of molecules or of atoms"):
+        run(base, table, tmp_path / "out3", "--targets", "kind", "--atom_targets", "charge")
+    with pytest.raises(ValueError, match="does not end in"):
+        run(base, Path("molecules.txt"), tmp_path / "out4", "--targets", "size")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run(base, table, full, "--targets", "size")
+    with pytest.raises(ValueError, match="folds must be 2 or more"):
+        run(base, table, tmp_path / "out5", "--folds", "1")
+
+
+def test_labels_of_the_wrong_kind_are_rejected_rows(base, table, tmp_path):
+    run(base, table, tmp_path / "out", "--targets", "kind", "--task", "classification")
+    rejected = load_dataset("parquet", data_files=str(tmp_path / "out" / "data" / "rejected.parquet"), split="train")
+    assert len(rejected) == 20 + 1
+    assert sum("'2'" in reason or "2" in reason for reason in rejected["reason"]) >= 20
+
+
+def test_a_dataset_without_the_three_parts_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="has no part 'validation'"):
+        run(base, TRAINING / "sample", tmp_path / "out", "--targets", "gap")
+
+
+def test_a_checkpoint_with_another_processor_is_refused(table, base, tmp_path):
+    run(base, table, tmp_path / "model", "--targets", "size")
+    other = tmp_path / "other"
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(other)
+    MoleBlendProcessor(hydrogens="add").save_pretrained(other)
+    with pytest.raises(ValueError, match="hydrogens"):
+        run(other, tmp_path / "model" / "data", tmp_path / "out", "--targets", "size")
+
+
+def test_a_logarithm_of_zero_is_refused(base, table, tmp_path):
+    with pytest.raises(ValueError, match=r"no log10.*signed_log10"):
+        run(
+            base,
+            table,
+            tmp_path / "out",
+            "--targets",
+            "oxygen",
+            "--task",
+            "regression",
+            "--transforms",
+            "oxygen=log10",
+        )
+
+
+def test_scales_are_those_of_the_transformed_labels():
+    labels = np.array([[1.0, 5.0], [100.0, np.nan], [np.nan, 7.0]])
+    values = Task("regression", ("a", "b"), ("nM", None), ("log10", "none")).config_values(labels)
+    np.testing.assert_allclose(values["target_means"], [1.0, 6.0])
+    np.testing.assert_allclose(values["target_scales"], [1.0, 1.0])
+    assert values["target_units"] == ["nM", ""]
+
+
+def test_conformal_quantiles_cover_what_they_promise():
+    """Of exchangeable scores, a new one is below the quantile at least as often as stated."""
+    generator = np.random.default_rng(0)
+    for coverage in (0.5, 0.9):
+        covered = [generator.normal() <= conformal_quantile(generator.normal(size=39), coverage) for _ in range(4000)]
+        assert coverage - 0.02 < np.mean(covered) < coverage + 0.05
+    assert conformal_quantile(np.arange(8.0), 0.9) is None
+    assert conformal_quantile(np.arange(9.0), 0.9) == 8.0
+
+
+def test_conformal_scores_of_each_kind_of_task():
+    labels, values = np.array([[0.0], [1.0], [np.nan]]), np.array([[0.2], [0.9], [0.5]])
+    assert conformal_quantiles("multi_label_classification", labels, values, 0.6) == pytest.approx([0.2])
+    classes = np.array([[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]])
+    assert conformal_quantiles("single_label_classification", labels, classes, 0.6) == pytest.approx([0.4])
+    assert conformal_quantiles("regression", labels, labels + 2, 0.6) == pytest.approx([2.0])
