@@ -3,7 +3,8 @@ r"""Can a pretrained model tell how good a geometry is? DFT, MMFF and shaken geo
     python benchmarks/geometry_check.py --model moleblend-base --dft DFT8K_DFT.sdf.gz --mmff DFT8K_FF.sdf.gz --limit 1000
 
 The files are those of CASCADE (Guan et al. 2021), molecules of NMRShiftDB: records of the same title are the same molecule with
-the same atom order. Shaken is DFT with N(0, s) angstrom added to each coordinate. All three have the bonds of the DFT record.
+the same atom order. Shaken is DFT with N(0, s) angstrom added to each coordinate. All have the bonds of the DFT record,
+and MMFF its orientation.
 
 For each score of `reconstruction_scores`, two figures for each kind of geometry against DFT: ROC-AUC over all molecules (0.5: no
 telling apart), and the share of molecules whose own DFT geometry scores lower (paired). A molecule of the model's training data
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from rdkit import Chem
+from scipy.spatial.transform import Rotation
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModelForPreTraining
@@ -44,16 +46,29 @@ def same_atoms(first: Chem.Mol, second: Chem.Mol) -> bool:
     return one == other
 
 
+def aligned(coordinates: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Coordinates moved onto a reference, as close as a rotation brings them."""
+    centre = reference.mean(0)
+    coordinates = coordinates - coordinates.mean(0)
+    rotation, _ = Rotation.align_vectors(reference - centre, coordinates)
+    return rotation.apply(coordinates) + centre
+
+
 def read_geometries(args: argparse.Namespace) -> tuple[list[Chem.Mol], dict[str, list[np.ndarray]]]:
     """Molecules with the bonds of the DFT file, and their coordinates in angstrom by kind."""
     dft, mmff = read_titled(args.dft), read_titled(args.mmff)
     both = (title for title, mol in dft.items() if title in mmff and same_atoms(mol, mmff[title]))
     titles = list(islice(both, args.limit))
     if not titles:
-        raise SystemExit(f"{args.dft} and {args.mmff} have no molecule of the same title and atoms. Pass files that do.")
+        raise SystemExit(
+            f"{args.dft} and {args.mmff} have no molecule of the same title and atoms. Pass files that do."
+        )
     geometries = {
-        name: [mols[title].GetConformer().GetPositions() for title in titles] for name, mols in ((DFT, dft), (MMFF, mmff))
+        name: [mols[title].GetConformer().GetPositions() for title in titles]
+        for name, mols in ((DFT, dft), (MMFF, mmff))
     }
+    # One score depends on the frame, which should not tell the files apart.
+    geometries[MMFF] = [aligned(xyz, dft_xyz) for xyz, dft_xyz in zip(geometries[MMFF], geometries[DFT], strict=True)]
     rng = np.random.default_rng(args.seed)
     for scale in args.shake:
         geometries[f"shaken {scale:g} Å"] = [xyz + rng.normal(scale=scale, size=xyz.shape) for xyz in geometries[DFT]]
@@ -70,20 +85,26 @@ def compare(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def plot(scores: dict[str, ReconstructionScores], path: Path) -> None:
-    """The distribution of each score, by kind of geometry."""
-    figure = Figure(figsize=(12, 6.2), layout="constrained")
-    panels = figure.subplots(2, 3).flat
-    for axes, name in zip(panels, SCORES, strict=False):
+    """The distribution of each score by kind of geometry, and that of its difference from the molecule's DFT geometry."""
+    figure = Figure(figsize=(16, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(SCORES))
+    for (upper, lower), name in zip(panels.T, SCORES, strict=True):
         values = {kind: getattr(of_kind, name) for kind, of_kind in scores.items()}
-        everything = np.concatenate(list(values.values()))
-        bins = np.linspace(*np.nanpercentile(everything, [0.5, 99.5]), 41)
-        for kind, column in values.items():
-            axes.hist(column, bins, histtype="step", lw=1.5, label=kind)
-        axes.set(title=name.replace("_", " "), ylabel="molecules")
-        axes.grid(alpha=0.3)
-    last = figure.axes[len(SCORES)]
-    last.axis("off")
-    last.legend(*figure.axes[0].get_legend_handles_labels(), loc="center", title="geometry", frameon=False)
+        differences = {kind: column - values[DFT] for kind, column in values.items() if kind != DFT}
+        for axes, columns in ((upper, values), (lower, differences)):
+            bins = np.linspace(*np.nanpercentile(np.concatenate(list(columns.values())), [0.5, 99.5]), 31)
+            for color, kind in enumerate(values):
+                if kind in columns:
+                    axes.hist(columns[kind], bins, histtype="step", lw=1.5, color=f"C{color}", label=kind)
+            axes.grid(alpha=0.3)
+        upper.set(title=name.replace("_", " "), xlabel="score")
+        lower.set(xlabel="score less that of DFT")
+        lower.axvline(0, color="black", lw=0.8)
+    for axes in panels[:, 0]:
+        axes.set(ylabel="molecules")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(scores), frameon=False
+    )
     figure.savefig(path, dpi=90)
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from .blending_moleblend import ATOM_DEGREE, ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_DISTANCE
-from .modeling_moleblend import MoleBlendForPreTraining, MoleBlendForPreTrainingOutput
+from .modeling_moleblend import MoleBlendForPreTraining
 from .molecules_moleblend import MoleculeError, describe_molecule
 from .processing_moleblend import MoleBlendProcessor
 
@@ -122,7 +122,7 @@ def _scores(model: MoleBlendForPreTraining, batch: Any, seed: int) -> list[torch
         noise[row, :size] = torch.randn(size, 3, generator=torch.Generator().manual_seed(seed))
     noise = noise.to(device) * model.config.noise_std
 
-    def shown(pair_modality: int, atom_modality: int, coordinate_noise: torch.Tensor) -> MoleBlendForPreTrainingOutput:
+    def shown(pair_modality: int, atom_modality: int, coordinate_noise: torch.Tensor) -> Any:
         pair_modality_ids = torch.full((batch_size, num_atoms, num_atoms), pair_modality, device=device)
         atom_modality_ids = torch.full((batch_size, num_atoms), atom_modality, device=device)
         return model(
