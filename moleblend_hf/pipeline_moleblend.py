@@ -72,11 +72,11 @@ class MoleBlendPipeline(Pipeline):
 
     feature_extractor: Any
 
-    _load_feature_extractor = True
-    _load_image_processor = False
-    _load_processor = False
-    _load_tokenizer = False
-    _load_video_processor = False
+    _load_feature_extractor: Any = True
+    _load_image_processor: Any = False
+    _load_processor: Any = False
+    _load_tokenizer: Any = False
+    _load_video_processor: Any = False
 
     def __init__(self, model: Any, *args: Any, batch_size: int = 64, **kwargs: Any):
         super().__init__(model, *args, batch_size=batch_size, **kwargs)
