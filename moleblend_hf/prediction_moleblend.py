@@ -37,6 +37,8 @@ MAX_PAIRS = 400_000  # padded pairs of tokens in one forward, with which memory 
 class Predictions:
     """Predictions for n molecules, in their order. T targets; with classes, T is 1 and there are C probabilities.
 
+    A model of atoms predicts for n atoms: those of a molecule in the order of its graph, one molecule after the other.
+
     Attributes:
         values: (n, T) float64 in the targets' own units for regression, probability of class 1 for binary tasks; (n, C)
             probabilities for classes. Mean over conformers and members of an ensemble.
@@ -47,7 +49,7 @@ class Predictions:
         upper: (n, T) its upper end.
         prediction_sets: (n, T, 2) for binary tasks, (n, C) for classes: whether the class is in the conformal prediction set;
             all are for a target that is not calibrated; None if none is.
-        modalities: what the model was shown of each molecule: "2d", "3d" or "2d+3d".
+        modalities: of molecules, what the model was shown of each: "2d", "3d" or "2d+3d".
     """
 
     values: np.ndarray
@@ -81,7 +83,7 @@ def predict_graphs(
     If memory runs out, the batch is halved; a graph that does not fit alone raises `GraphMemoryError`.
 
     Args:
-        model (`MoleBlendForSequenceClassification` or `MoleBlendEnsembleForSequenceClassification`): on any device.
+        model (`MoleBlendForSequenceClassification`, `MoleBlendForTokenClassification` or an ensemble): on any device.
         processor (`MoleBlendProcessor`): that of the checkpoint; its `modality` says what the model is shown.
         graphs (`list[MolecularGraph]`): from `processor.featurize_many`.
         max_tokens (`int`, *optional*): padded tokens (atoms + 1) in one forward; one molecule may exceed it.
@@ -90,23 +92,26 @@ def predict_graphs(
     config = model.config
     problem_type = prediction_type(config)
 
-    def read(outputs: Any, _: Sequence[MolecularGraph]) -> np.ndarray:
+    def read(outputs: Any, batch: Sequence[MolecularGraph]) -> list[np.ndarray]:
         logits = outputs.get("member_logits")
         logits = (outputs.logits.unsqueeze(0) if logits is None else logits).double()
         if problem_type == "multi_label_classification":
             logits = logits.sigmoid()
         elif problem_type == "single_label_classification":
             logits = logits.softmax(-1)
-        return logits.transpose(0, 1).cpu().numpy()  # (B, M, T)
+        logits = logits.cpu().numpy()  # (M, B, T), of atoms (M, B, N, T)
+        of_atoms = logits.ndim == 4
+        return [logits[:, row, : graph.num_atoms] if of_atoms else logits[:, [row]] for row, graph in enumerate(batch)]
 
-    found = _over_conformers(model, processor, graphs, read, max_tokens, max_pairs)
-    means = np.stack([values.mean(0) for values in found])  # (n, M, T)
-    values = means.mean(1)
-    several = np.array([len(values) > 1 for values in found])
+    found = _over_conformers(model, processor, graphs, read, max_tokens, max_pairs)  # (conformers, M, 1 or atoms, T)
+    means = np.concatenate([each.mean(0) for each in found], axis=1)  # (M, n, T)
+    values = means.mean(0)
     conformer_spread = None
-    if several.any():
-        conformer_spread = np.full(values.shape, np.nan)
-        conformer_spread[several] = [each.std(0, ddof=1).mean(0) for each in found if len(each) > 1]
+    if any(len(each) > 1 for each in found):
+        deviations = [
+            each.std(0, ddof=1).mean(0) if len(each) > 1 else np.full(each.shape[2:], np.nan) for each in found
+        ]
+        conformer_spread = np.concatenate(deviations)
     lower = upper = prediction_sets = None
     if config.conformal_quantiles is not None:
         quantiles = np.array([np.nan if q is None else q for q in config.conformal_quantiles])
@@ -119,7 +124,7 @@ def predict_graphs(
             prediction_sets = ~(1 - probabilities > threshold)
     return Predictions(
         values=values,
-        ensemble_spread=means.std(1, ddof=1) if means.shape[1] > 1 else None,
+        ensemble_spread=means.std(0, ddof=1) if len(means) > 1 else None,
         conformer_spread=conformer_spread,
         lower=lower,
         upper=upper,
