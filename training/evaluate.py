@@ -121,7 +121,7 @@ def prepared(
 
 def chosen_part(settings: EvaluationSettings, dataset: PreprocessedDataset) -> str:
     """Name of the part to evaluate on."""
-    parts = list(dataset.splits)
+    parts = list(dataset.about["splits"])
     part = settings.split or (parts[0] if len(parts) == 1 else "test")
     if part not in parts:
         raise ValueError(
@@ -190,7 +190,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),
         split=SplitFacts.of(
             (about["split"] or "given") if has_parts else "none",
-            {**dataset.splits, part: rows} if has_parts else {"all": rows},
+            {name: rows if name == part else dataset.splits[name] for name in dataset.about["splits"]}
+            if has_parts
+            else {"all": rows},
             about["split_seed"],
             about["split_fractions"],
             tested=part if has_parts else "all",
@@ -204,7 +206,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     results = write_report(experiment, output_dir, config)
     mean = results["models"][MODEL]["test"]["mean"]
-    print(", ".join(f"{TITLES[metric]} {shown(found, metric)}" for metric, found in mean.items()))
+    print(
+        ", ".join(
+            f"{TITLES[metric]} {shown(found, metric)}" for metric, found in mean.items() if found["mean"] is not None
+        )
+    )
     print(f"Done. {output_dir}/README.md says how good the model is.")
     return results
 

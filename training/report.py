@@ -428,27 +428,22 @@ def _models_table(experiment: Experiment, results: Mapping[str, Any]) -> Table:
         if metric not in IN_UNITS or len(set(experiment.target_units)) == 1
     ]
     unit = experiment.target_units[0]
-    header = ["Model", "Runs"]
     num, counts = len(experiment.target_names), _reported(experiment, results)["mean"]["num_targets"]
+    parts = [part for part in ("test", "validation") if any(part in model for model in results["models"].values())]
+    header = ["Model", "Runs"]
     for metric in metrics:
         title = f"{TITLES[metric]} ({unit})" if metric in IN_UNITS and unit else TITLES[metric]
         title += f" of {counts[metric]} of {num} targets" if counts[metric] < num else ""
-        header += [f"{title}, test", "validation"]
+        header += [f"{title}, {parts[0]}", *parts[1:]]
+    cells = list(itertools.product(metrics, parts))
     rows = []
     for name, model in results["models"].items():
-        row = [name, str(len(model["runs"]))]
-        for metric in metrics:
-            row += [
-                shown(model[part]["mean"][metric], metric) if part in model else "" for part in ("test", "validation")
-            ]
-        rows.append(row)
+        figures = [shown(model[part]["mean"][metric], metric) if part in model else "" for metric, part in cells]
+        rows.append([name, str(len(model["runs"])), *figures])
         if name == experiment.reported and len(model["runs"]) > 1:
             first = model["runs"][0]
-            row = [f"&nbsp; of which this folder, seed {first['seed']}", "1"]
-            for metric in metrics:
-                for part in ("test", "validation"):
-                    row.append(_one(first[part]["mean"][metric], metric) if part in first else "")
-            rows.append(row)
+            figures = [_one(first[part]["mean"][metric], metric) if part in first else "" for metric, part in cells]
+            rows.append([f"&nbsp; of which this folder, seed {first['seed']}", "1", *figures])
     return header, rows
 
 
