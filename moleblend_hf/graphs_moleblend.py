@@ -28,6 +28,7 @@ UNREACHABLE_DISTANCE = 510
 MAX_PATH_BONDS = 8  # what fits into one integer, beside the length of the path
 
 _PAIRS_A_GROUP = 100_000  # atom pairs handled together: small enough for the cache, large enough to hide Python
+_WORTH_A_GROUP = 100_000  # what one more group has to save to pay, in steps of Floyd-Warshall (N^3 a molecule)
 
 
 class PairRelations(NamedTuple):
@@ -152,52 +153,54 @@ def pair_relations(graphs: FlatGraphs, max_path_bonds: int, canonical_atom_order
             on the order of the atoms, instead of the one that Floyd-Warshall meets first.
     """
     num, width = len(graphs), int(graphs.num_atoms.max())
-    bond_row, _ = ragged(graphs.num_bonds)
     begin, end = graphs.bonds.T.astype(np.int64)
-    degree = np.bincount(np.concatenate([bond_row * width + begin, bond_row * width + end]), minlength=num * width)
+    first_atom = np.repeat(np.arange(num) * width, graphs.num_bonds)
+    degree = np.bincount(np.concatenate([first_atom + begin, first_atom + end]), minlength=num * width)
     # Bond types are numbered by those that occur, in their order, so that a path takes few bits. 0 is no bond.
     occurring = np.bincount(graphs.bond_types, minlength=1) > 0
     occurring[0] = True
     kinds = np.flatnonzero(occurring)
-    codes = (np.cumsum(occurring) - 1).astype(np.uint8)[graphs.bond_types]
     bits = (len(kinds) - 1).bit_length()
-    bond_stop = np.cumsum(graphs.num_bonds)
+    bond_codes = np.zeros(num * width * width, dtype=np.uint8)
+    codes = (np.cumsum(occurring) - 1).astype(np.uint8)[graphs.bond_types]
+    bond_codes[(first_atom + begin) * width + end] = bond_codes[(first_atom + end) * width + begin] = codes
+    bond_codes = bond_codes.reshape(num, width, width)
     distance = np.zeros((num, width, width), dtype=np.int64)
-    hops = np.zeros((max_path_bonds, num, width, width), dtype=np.int64)  # written and read a hop at a time
+    paths = np.zeros((num, width, width), dtype=np.uint32 if bits * max_path_bonds <= 32 else np.uint64)
     find_paths = smallest_paths if canonical_atom_order else first_found_paths
     for group in _groups_of_like_size(graphs.num_atoms):
-        sizes, bonds = graphs.num_atoms[group], graphs.num_bonds[group]
+        sizes = graphs.num_atoms[group]
         size = int(sizes.max())
-        row, bond = ragged(bonds)
-        bond += np.repeat(bond_stop[group] - bonds, bonds)
-        bond_codes = np.zeros((len(group), size, size), dtype=np.uint8)
-        bond_codes[row, begin[bond], end[bond]] = bond_codes[row, end[bond], begin[bond]] = codes[bond]
-        found, path = find_paths(bond_codes, bits, max_path_bonds)
+        found, path = find_paths(bond_codes[group, :size, :size], bits, max_path_bonds)
         unreachable = found >= size
         np.minimum(found, MAX_DISTANCE, out=found)
         if unreachable.any():  # other fragments, and what is only padding
-            is_atom = np.arange(size) < sizes[:, None]
-            found[unreachable] = UNREACHABLE_DISTANCE
-            found *= is_atom[:, :, None] & is_atom[:, None, :]
-        # Whole blocks are written where the group is the batch, as it is with small molecules.
-        rows: Any = slice(None) if len(group) == num else group
-        distance[rows, :size, :size] = found
-        for hop in range(max_path_bonds):
-            code = path >> path.dtype.type(bits * (max_path_bonds - 1 - hop)) & path.dtype.type((1 << bits) - 1)
-            hops[hop, rows, :size, :size] = kinds.take(code)
+            is_atom = (np.arange(size)[:, None] < sizes).T.astype(found.dtype)
+            np.copyto(found, UNREACHABLE_DISTANCE, where=unreachable)
+            found *= is_atom[:, :, None] * is_atom[:, None, :]
+        distance[group, :size, :size] = found
+        paths[group, :size, :size] = path
+    hops = np.empty((max_path_bonds, num, width, width), dtype=np.int64)  # written and read a hop at a time
+    mask = paths.dtype.type((1 << bits) - 1)
+    for hop in range(max_path_bonds):
+        code = paths >> paths.dtype.type(bits * (max_path_bonds - 1 - hop)) & mask
+        kinds.take(code, out=hops[hop], mode="clip")
     return PairRelations(degree.reshape(num, width), distance, np.moveaxis(hops, 0, -1))
 
 
 def _groups_of_like_size(sizes: np.ndarray) -> Iterator[np.ndarray]:
-    if len(sizes) * int(sizes.max()) ** 2 <= _PAIRS_A_GROUP:
-        yield np.arange(len(sizes))
-        return
-    order = np.argsort(sizes, kind="stable")[::-1]
+    """Yields which molecules are worked out together, the largest first."""
+    order = np.argsort(-sizes, kind="stable")
+    costs = sizes[order].astype(np.int64) ** 3
     start = 0
     while start < len(order):
-        count = max(1, _PAIRS_A_GROUP // int(sizes[order[start]]) ** 2)
-        yield order[start : start + count]
-        start += count
+        stop = min(len(order), start + max(1, _PAIRS_A_GROUP // int(sizes[order[start]]) ** 2))
+        # What is saved if the group ends before each of these, and those from there on are padded to its size.
+        saved = (costs[start] - costs[start:stop]) * np.arange(stop - start, 0, -1)
+        if saved.max() > _WORTH_A_GROUP:
+            stop = start + int(saved.argmax())
+        yield order[start:stop]
+        start = stop
 
 
 def smallest_paths(bond_codes: np.ndarray, bits: int, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,30 +218,29 @@ def smallest_paths(bond_codes: np.ndarray, bits: int, max_path_bonds: int) -> tu
         max_path_bonds: P, bonds of a path that are compared and returned.
 
     Returns:
-        distance: (B, N, N) int64 in bonds, N or more if there is no path.
+        distance: (B, N, N) unsigned, in bonds, N or more if there is no path.
         path: (B, N, N) unsigned, `bits` for each of P bonds, 0 where there is none.
     """
     num, width, _ = bond_codes.shape
     infinite = 1 << width.bit_length()  # more than any length; sums of two of them occur
     dtype: Any = np.uint32 if bits * max_path_bonds + infinite.bit_length() + 1 <= 32 else np.uint64
-    path_bits, one, most = dtype(bits * max_path_bonds), dtype(1), dtype(max_path_bonds)
+    path_bits, one = dtype(bits * max_path_bonds), dtype(1)
     path_mask = (one << path_bits) - one
     packed = _interleaved(num, width, dtype)
     candidate = np.empty_like(packed)
     one_bond = np.arange(1 << bits, dtype=dtype) << dtype(bits * (max_path_bonds - 1)) | one << path_bits
     one_bond[0] = dtype(infinite) << path_bits
-    packed[:] = one_bond[bond_codes]
+    packed[:] = one_bond.take(bond_codes, mode="clip")
     atoms = np.arange(width)
     packed[:, atoms, atoms] = 0
     for via in range(width):
         onset, onward = packed[:, :, via], packed[:, via, :]
-        behind = np.minimum(onset >> path_bits, most) * dtype(bits)
+        behind = (onset >> path_bits) * dtype(bits)  # if these are more than there are, NumPy's shift gives 0
         np.right_shift((onward & path_mask)[:, None, :], behind[:, :, None], out=candidate)
         np.add(candidate, (onward & ~path_mask)[:, None, :], out=candidate)
         np.add(candidate, onset[:, :, None], out=candidate)
         np.minimum(packed, candidate, out=packed)
-    packed = np.ascontiguousarray(packed)
-    return (packed >> path_bits).astype(np.int64), packed & path_mask
+    return packed >> path_bits, packed & path_mask
 
 
 def first_found_paths(bond_codes: np.ndarray, bits: int, max_path_bonds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +270,7 @@ def shortest_paths(bonded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         bonded: (B, N, N) bool, symmetric, False on the diagonal.
 
     Returns:
-        distance: (B, N, N) int64 in bonds, N or more if there is no path.
+        distance: (B, N, N) unsigned, in bonds, N or more if there is no path.
         next_atom: (B, N, N) int64, the atom after i on the path from i to j; i itself if there is none.
     """
     num, width, _ = bonded.shape
@@ -284,9 +286,8 @@ def shortest_paths(bonded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.add(packed[:, :, via, None], onward[:, None, :], out=candidate)
         np.minimum(packed, candidate, out=packed)
         np.bitwise_and(packed, ~candidate_bit, out=packed)
-    packed = np.ascontiguousarray(packed)
     next_atom = (packed & np.uint32(candidate_bit - 1)).astype(np.int64)
-    return (packed >> shift).astype(np.int64), next_atom
+    return packed >> shift, next_atom
 
 
 def _interleaved(num: int, width: int, dtype: Any) -> np.ndarray:

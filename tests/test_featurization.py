@@ -24,6 +24,7 @@ from moleblend_hf.graphs_moleblend import (
     UNREACHABLE_DISTANCE,
     FlatGraphs,
     MolecularGraph,
+    _groups_of_like_size,
     pair_relations,
     shortest_paths,
 )
@@ -277,6 +278,15 @@ def test_relations_of_many_are_those_of_each(canonical, max_path_bonds):
                 padded = getattr(together, name)[row]
                 assert np.array_equal(padded[:n, :n] if name != "degree" else padded[:n], values)
                 assert padded.sum() == values.sum()
+
+
+def test_molecules_are_grouped_by_size_where_it_pays():
+    """Each once; a few large ones among many small ones do not widen them, and few in all stay together."""
+    sizes = np.array([12] * 4 + [9] * 700 + [8] * 300 + [11] * 20)
+    groups = list(_groups_of_like_size(sizes))
+    assert np.array_equal(np.sort(np.concatenate(groups)), np.arange(len(sizes)))
+    assert [int(sizes[group].max()) for group in groups] == [12, 9]
+    assert [len(group) for group in _groups_of_like_size(sizes[-60:])] == [60]
 
 
 def test_isolated_failure_of_rdkit_rejects_one_molecule(monkeypatch):
