@@ -48,11 +48,9 @@ from batches import Budget, cut
 from data import GraphRows, collate, open_dataset
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor, modeling_moleblend
 from objective import count_targets, drawn, molecule_seeds
-from pretrain import PretrainingSettings
 from rows import GRAPH_COLUMNS
 
 TRAINING = Path(__file__).parents[1] / "training"
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(PretrainingSettings)}
 PLAIN_BATCH = 32
 MIB = 2**20
 gathers = modeling_moleblend.gathers
@@ -390,8 +388,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a turn (default: 1; on a GPU 10)")
     parser.add_argument("--warm_steps", type=int, help="of a turn, before the clock starts (default: 0; on a GPU 5)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--max_tokens", type=int, default=DEFAULTS["max_tokens"], help="of a part, as in pretrain.py")
-    parser.add_argument("--max_pairs", type=int, default=DEFAULTS["max_pairs"], help="of a part, as in pretrain.py")
+    parser.add_argument("--max_tokens", type=int, help="of a part, as in pretrain.py")
+    parser.add_argument("--max_pairs", type=int, help="of a part, as in pretrain.py")
     parser.add_argument("--num_workers", type=int, help="of the DataLoader (default: 0; on a GPU 8)")
     parser.add_argument("--num_threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which takes minutes to start")
@@ -405,6 +403,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ):  # fmt: skip
         if getattr(args, name) is None:
             setattr(args, name, on_gpu_value if on_gpu else on_cpu_value)
+    vars(args).update(dataclasses.asdict(Budget.on(args.device, args.max_tokens, args.max_pairs)))
     return args
 
 

@@ -187,6 +187,28 @@ def test_resuming_with_other_settings_says_so(finished_run, dataset, tmp_path, c
     assert "max_steps 8 -> 7" in caplog.text
 
 
+def test_a_budget_that_is_left_to_the_device_is_recorded_and_goes_on_elsewhere_as_the_same_run(
+    finished_run, dataset, tmp_path, caplog, monkeypatch
+):
+    """Molecules that are over the budget of a CPU but not of a GPU are trained on, on both."""
+    facts = json.loads((finished_run / "training_settings.json").read_text())
+    assert (facts["settings"]["max_tokens"], facts["settings"]["max_pairs"]) == (2048, 32768)
+    on, checkpoint = pretrain.Budget.on, str(finished_run / "checkpoints" / "step-6")
+    assert on("cuda") == pretrain.Budget(16_384, 400_000)
+    assert on("cpu", 16, None) == pretrain.Budget(16, 32_768)
+    monkeypatch.setattr(pretrain.Budget, "on", lambda device, *given: on("cuda") if device == "cuda" else on("cpu", 5))
+    elsewhere = run(dataset, tmp_path, "--max_steps", "8", "--checkpointing_steps", "3", "--resume", checkpoint)
+    assert "other settings" not in caplog.text
+    facts = json.loads((elsewhere / "training_settings.json").read_text())
+    assert (facts["settings"]["max_tokens"], facts["num_oversized"], facts["largest_allowed"]) == (5, 0, 631)
+
+
+def test_without_trackers_a_run_writes_its_metrics_alone(dataset, tmp_path):
+    folder = run(dataset, tmp_path, "--trackers", "")
+    assert not (folder / "tensorboard").exists()
+    assert metrics(folder)
+
+
 STILL = ("hidden_dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", "drop_path_rate=0.0")
 
 
@@ -289,6 +311,13 @@ def test_a_flag_wins_over_the_file_and_numbers_are_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "trackers"), [("", []), ("wandb", ["wandb"]), (" wandb, tensorboard,", ["wandb", "tensorboard"])]
+)
+def test_a_list_may_be_empty(given, trackers):
+    assert pretrain.parse_args(["--trackers", given]).trackers == trackers
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"learning_rat": 1.0}, "Unknown key 'learning_rat' in .* Known keys: .*learning_rate"),
@@ -296,6 +325,7 @@ def test_a_flag_wins_over_the_file_and_numbers_are_numbers(tmp_path):
         ({"max_steps": "many"}, "max_steps must be of type int, got 'many'"),
         ({"batch_size": 2.5}, "batch_size must be of type int, got 2.5"),
         ({"eval_steps": 0}, "eval_steps must be 1 or more, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
         ({"mixed_precision": False}, r"one of 'no', 'fp16', 'bf16' \(in quotes\), got False"),  # YAML's reading of no
         ({"dataset": None}, "names no dataset. .* --dataset"),
         ({"warmup_steps": "missing"}, "gives no warmup_steps"),
@@ -343,6 +373,19 @@ def test_the_parts_of_a_step_are_what_the_processor_makes_of_the_molecules(datas
         assert part.keys() == expected.keys()
         assert all(torch.equal(part[name], expected[name]) for name in part)
     assert rows.sizes().tolist() == pc.list_value_length(table["atom_features"]).to_numpy()[40:0:-1].tolist()
+
+
+def test_selected_and_shuffled_rows_have_their_own_sizes_and_keys(dataset):
+    opened = data.open_dataset(dataset)
+    train = opened.splits["train"]
+    opened.splits["train"] = train.select(range(40)).shuffle(seed=0)
+    training, held_out = data.training_and_held_out(opened, 8, seed=0)
+    for rows in (training, held_out):
+        table, numbers = rows.__getitems__([list(range(len(rows)))])[0]
+        assert rows.sizes().tolist() == pc.list_value_length(table["atom_features"]).to_pylist()
+        assert max(numbers) < 40
+    smiles = opened.splits["train"]["smiles"]
+    assert not {smiles[i] for i in training.indices} & {smiles[i] for i in held_out.indices}
 
 
 def test_worker_processes_change_nothing(finished_run, dataset, tmp_path):

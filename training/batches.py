@@ -29,6 +29,12 @@ class Budget:
     max_tokens: int
     max_pairs: int
 
+    @classmethod
+    def on(cls, device: str, max_tokens: int | None = None, max_pairs: int | None = None) -> "Budget":
+        """What is given, and for what is None what suits that type of device: a CPU is fastest in its cache."""
+        usual = cls(2_048, 32_768) if device == "cpu" else cls(16_384, 400_000)
+        return cls(max_tokens or usual.max_tokens, max_pairs or usual.max_pairs)
+
     def largest(self) -> int:
         """Atoms of the largest molecule that fits, alone."""
         return min(self.max_tokens, int(self.max_pairs**0.5)) - 1

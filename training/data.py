@@ -88,7 +88,7 @@ class GraphRows(Dataset[list[tuple[pa.Table, np.ndarray]]]):
 
     def sizes(self) -> np.ndarray:
         """Atoms of each molecule, (n,) int32; the molecules themselves are not read."""
-        return pc.list_value_length(self.rows.data["atom_features"]).to_numpy()[self.indices]
+        return pc.list_value_length(_column(self.rows, "atom_features")).to_numpy()[self.indices]
 
     def __getitems__(self, parts: list[list[int]]) -> list[tuple[pa.Table, np.ndarray]]:
         """The rows at the positions of each part as a table, and their numbers in the split."""
@@ -96,6 +96,11 @@ class GraphRows(Dataset[list[tuple[pa.Table, np.ndarray]]]):
         table = self.rows[np.concatenate(numbers)].combine_chunks()
         starts = np.cumsum([0, *map(len, numbers)]).tolist()
         return [(table.slice(start, len(part)), part) for start, part in zip(starts, numbers, strict=False)]
+
+
+def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column in the order of the rows, which is not that of `rows.data` once they are selected or shuffled."""
+    return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
 def collate(parts: list[tuple[pa.Table, np.ndarray]], processor: MoleBlendProcessor) -> list[dict[str, torch.Tensor]]:
@@ -126,8 +131,8 @@ def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed:
         held_out = np.random.default_rng(seed).permutation(len(validation))[:num_held_out]
         return GraphRows(train, np.arange(len(train))), GraphRows(validation, np.sort(held_out))
     # A molecule without InChIKey is told apart by its SMILES.
-    keys = train.data["smiles"]
+    keys = _column(train, "smiles")
     if "inchikey" in train.column_names:
-        keys = pc.coalesce(train.data["inchikey"], keys)
+        keys = pc.coalesce(_column(train, "inchikey"), keys)
     rows, held_out = split_held_out(keys, num_held_out, seed)
     return GraphRows(train, rows), GraphRows(train, held_out)

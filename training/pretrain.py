@@ -74,10 +74,17 @@ class PretrainingSettings:
     processor: dict[str, Any] = setting(
         "data", "settings of MoleBlendProcessor that the dataset must have been made with, e.g. hydrogens=drop", {}
     )
-    max_tokens: int = setting("data", "padded tokens (atoms + 1) of the molecules in one forward", 16_384)
-    max_pairs: int = setting("data", "padded pairs of tokens in one forward: what memory grows with", 400_000)
+    max_tokens: int | None = setting(
+        "data", "padded tokens (atoms + 1) of the molecules in one forward (default: 16,384; on a CPU 2,048)", None
+    )
+    max_pairs: int | None = setting(
+        "data",
+        "padded pairs of tokens in one forward: what memory grows with (default: 400,000; on a CPU 32,768)",
+        None,
+    )
     oversized: str = setting(
-        "data", "a molecule that alone exceeds these: an error, or left out and counted", "error", choices=("error", "skip")
+        "data", "a molecule that alone exceeds these (by default what a GPU takes, on each device): an error, or left out and "
+        "counted", "error", choices=("error", "skip"),
     )  # fmt: skip
 
     model: dict[str, Any] = setting("model", "fields of MoleBlendConfig, e.g. --model hidden_size=256", {})
@@ -109,8 +116,8 @@ class PretrainingSettings:
         """Refuse what cannot work before anything is read or built."""
         if self.dataset is None:
             raise ValueError("This recipe names no dataset. Give a folder that preprocess.py wrote with --dataset.")
-        for name in ("max_steps", "batch_size", "max_left_out_steps"):
-            if getattr(self, name) < 1:
+        for name in ("max_steps", "batch_size", "max_left_out_steps", "max_tokens", "max_pairs"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
@@ -122,7 +129,10 @@ class PretrainingSettings:
             raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in model. Known keys: {', '.join(known)}.")
 
     def that_shape_the_result(self) -> dict[str, Any]:
-        """All settings but those that say where to write and how often to look."""
+        """All settings but those that say where to write and how often to look.
+
+        A budget that was left to the device stays so: on another one the run goes on, the same but for rounding.
+        """
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields if field.metadata["group"] != "run"}
 
@@ -170,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=settings.trackers,
+        log_with=settings.trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
@@ -190,9 +200,11 @@ def main(argv: list[str] | None = None) -> None:
     config = MoleBlendConfig(**settings.model)
     processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
     dataset.check(processor)
-    budget = Budget(settings.max_tokens, settings.max_pairs)
+    budget = Budget.on(device.type, settings.max_tokens, settings.max_pairs)
+    # Which molecules are trained on must not depend on the device. One that is over the budget is a part of its own.
+    limit = Budget.on("cuda", settings.max_tokens, settings.max_pairs)
     training_rows, held_out_rows = training_and_held_out(dataset, settings.held_out_molecules, settings.split_seed)
-    num_left_out = sum(fitting(rows, budget, settings.oversized) for rows in (training_rows, held_out_rows))
+    num_left_out = sum(fitting(rows, limit, settings.oversized) for rows in (training_rows, held_out_rows))
     padded = partial(collate, processor=processor)
     sizes = held_out_rows.sizes()
     held_out_parts = shared(cut(sizes, budget, num_processes), sizes, num_processes)[accelerator.process_index]
@@ -249,11 +261,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     facts: dict[str, Any] = {
         "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *arguments]),
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | dataclasses.asdict(budget),
         "num_parameters": num_parameters,
         "num_training": len(training_rows),
         "num_held_out": len(held_out_rows),
         "num_oversized": num_left_out,
+        "largest_allowed": limit.largest(),
         "num_with_coordinates": dataset.about["num_with_coordinates"],
         "num_processes": num_processes,
         "first_step": step,
@@ -265,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
         f"  data     {facts['num_training']:,} molecules to train on, {facts['num_held_out']:,} held out, "
         f"{num_left_out:,} too large; {facts['num_with_coordinates']:,} of all have a geometry\n"
         f"  steps    {step:,} to {settings.max_steps:,} of {settings.batch_size:,} molecules "
-        f"({batches.steps_per_epoch:,} steps an epoch)\n"
+        f"({batches.steps_per_epoch:,} steps an epoch), in parts of up to {budget.max_tokens:,} padded tokens and "
+        f"{budget.max_pairs:,} pairs\n"
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
     # A resumed run drops from its logs what was measured after the checkpoint.

@@ -114,8 +114,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if value is None or isinstance(value, dict):
             return value or {}
     elif typing.get_origin(hint) is list:
-        # A flag gives A,B; a file gives a list.
-        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+        # A flag gives A,B, or nothing between quotes for none; a file gives a list.
+        items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
         if isinstance(items, list):
             return [_converted(name, item, get_args(hint)[0]) for item in items]
     elif hint is bool:
