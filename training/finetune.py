@@ -672,6 +672,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         selected_by=SELECTED_BY[task.kind],
         conformal_coverage=settings.coverage,
         base_model=None if settings.from_scratch == "only" else settings.model,
+        notes=warnings,
     )
     results = write_report(experiment, output_dir, final.config)  # type: ignore[arg-type]
     print(f"Done. {output_dir}/ is a folder for the Hub; README.md in it says how good the model is.")
