@@ -24,8 +24,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoModelForPreTraining
 
-from moleblend_hf import MoleculeError, read_sdf
-from moleblend_hf.reconstruction import ReconstructionScores, reconstruction_scores
+from moleblend_hf import MoleculeError, ReconstructionScores, read_sdf, reconstruction_scores
 
 DFT, MMFF = "DFT", "MMFF"
 SCORES = [field.name for field in fields(ReconstructionScores)]

@@ -37,6 +37,7 @@ from .molecules_moleblend import MoleculeError, read_sdf
 from .pipeline_moleblend import MoleBlendPipeline
 from .prediction_moleblend import Predictions, embed_graphs, predict_graphs
 from .processing_moleblend import MoleBlendProcessor
+from .reconstruction import ReconstructionScores, reconstruction_scores
 
 AutoConfig.register("moleblend", MoleBlendConfig)
 AutoModel.register(MoleBlendConfig, MoleBlendModel)
@@ -78,7 +79,9 @@ __all__ = [
     "MoleculeError",
     "PairRelations",
     "Predictions",
+    "ReconstructionScores",
     "embed_graphs",
     "predict_graphs",
     "read_sdf",
+    "reconstruction_scores",
 ]

@@ -66,19 +66,20 @@ def atom_attributions(
 ) -> np.ndarray:
     """Returns what each atom contributes to a prediction, `(num_atoms,)` float64 in the atom order of the input.
 
-    In the target's own units for regression, in log-odds for a binary task, in log-probability for a class. For an ensemble and for
-    several conformers, the mean of the attributions of each. Atoms are those of the graph: hydrogens that the processor drops
-    have none.
+    In the target's own units for regression, in log-odds for a binary task, in log-probability for a class. For an
+    ensemble and for several conformers, the mean of the attributions of each. Atoms are those of the graph: hydrogens that
+    the processor drops have none.
 
     Args:
         model: a fine-tuned model, or an ensemble of them.
         processor: that of the checkpoint.
         molecule: in any form that the processor takes.
         target: index or name (`config.id2label`) of the target, task or class.
-        method: `"integrated_gradients"` (Sundararajan et al. 2017): gradients along the straight path from no atom has features to
-            all have. The attributions sum to the difference of the two outputs; a warning says if they do not.
+        method: `"integrated_gradients"` (Sundararajan et al. 2017): gradients along the straight path from no atom with
+            features to all with them. The attributions sum to the difference of the two outputs; a warning says if not.
             `"ablation"`: by how much the output falls if this atom alone has no features. They do not sum to anything.
-        steps: points of the quadrature of integrated gradients.
+        steps: points of the quadrature of integrated gradients. A model that is shown no bonds may need more: nothing but a
+            geometry is left of an atom without features, and the output changes fast where the path begins.
         coordinates: as the processor takes them, in angstrom.
 
     Raises:
@@ -88,21 +89,21 @@ def atom_attributions(
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}, but has to be one of {', '.join(map(repr, METHODS))}. Pass one.")
     members = list(getattr(model, "members", [model]))
-    if not hasattr(members[0], "classifier"):
+    if not type(members[0]).__name__.endswith("ForSequenceClassification"):
         raise TypeError(
-            f"{type(model).__name__} predicts no property to attribute. Pass a fine-tuned "
+            f"{type(model).__name__} predicts no property of a molecule. Pass a fine-tuned "
             "MoleBlendForSequenceClassification or an ensemble of them."
         )
     column = _column(model.config, target)
     graph = processor.featurize(molecule, coordinates)
+    attributions = []
     was_training = model.training
     model.eval()
     try:
-        attributions = [
-            _attributions(member, processor, graph, conformer, column, method, steps)
-            for member in members
-            for conformer in range(max(len(graph.coordinates), 1))
-        ]
+        for member in members:
+            for conformer in range(max(len(graph.coordinates), 1)):
+                arguments = (member, processor, graph, conformer, column, method, steps)
+                attributions.append(_attributions(*arguments))
     finally:
         model.train(was_training)
     return np.mean(attributions, axis=0)
@@ -232,6 +233,7 @@ def _draw(canvas: Any, mol: Chem.Mol, colors: list[tuple[float, ...]]) -> Any:
     mol = rdMolDraw2D.PrepareMolForDrawing(mol, addChiralHs=False)
     canvas.drawOptions().useBWAtomPalette()  # colours are the attributions'
     canvas.drawOptions().highlightRadius = 0.4
+    canvas.drawOptions().fixedBondLength = 60  # pixels, less where there is no room
     canvas.DrawMolecule(
         mol, highlightAtoms=list(range(len(colors))), highlightAtomColors=dict(enumerate(colors)), highlightBonds=[]
     )

@@ -11,9 +11,15 @@ from rdkit import Chem
 from scipy.spatial.transform import Rotation
 from tiny import golden_model, golden_molecules, tiny_config
 
-from moleblend_hf import MoleBlendForPreTraining, MoleBlendModel, MoleBlendProcessor, MoleculeError
+from moleblend_hf import (
+    MoleBlendForPreTraining,
+    MoleBlendModel,
+    MoleBlendProcessor,
+    MoleculeError,
+    ReconstructionScores,
+    reconstruction_scores,
+)
 from moleblend_hf.blending_moleblend import ATOM_DEGREE, ATOM_DISTANCE, PAIR_BOND_PATH, PAIR_DISTANCE
-from moleblend_hf.reconstruction import ReconstructionScores, reconstruction_scores
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 NAMES = [field.name for field in fields(ReconstructionScores)]
