@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from moleblend_hf import MoleBlendProcessor, MolecularGraph, Predictions, embed_graphs, predict_graphs
 from moleblend_hf.prediction_moleblend import GraphMemoryError, prediction_type, shown_modality, target_names
@@ -153,6 +154,7 @@ def _joined(names: list[str], is_in: np.ndarray) -> str:
 @cache
 def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProcessor, Any]:
     """Config, processor and model of the settings: once a process."""
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # the processes are the parallelism, so that their number changes no digit
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     processor = AutoFeatureExtractor.from_pretrained(
