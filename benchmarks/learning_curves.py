@@ -19,6 +19,7 @@ import numpy as np
 import finetune
 import preprocess
 from result_plots import plot_learning_curves
+from settings import as_flags
 
 MODALITIES = {"2d": "bonds alone", "auto": "bonds and DFT geometry"}
 
@@ -37,8 +38,15 @@ def main() -> None:
     data = folder / "data"
     if not data.exists():
         preprocess.main(
-            ["--source", args.source, "--input", args.input, "--output", str(data), "--targets", args.targets]
-            + ["--split", "random"]
+            as_flags(
+                {
+                    "source": args.source,
+                    "input": args.input,
+                    "output": data,
+                    "targets": args.targets,
+                    "split": "random",
+                }
+            )
         )
     errors: dict[str, dict[str, dict[int, list[float]]]] = {}  # by target, input, size: those of the seeds
     for modality, title in MODALITIES.items():
@@ -46,9 +54,19 @@ def main() -> None:
             run = folder / f"{modality}-{size}"
             if not (run / "metrics.json").is_file():
                 finetune.main(
-                    ["--model", args.model, "--input", str(data), "--targets", args.targets, "--modality", modality]
-                    + ["--max_training_molecules", str(size), "--output_dir", str(run), "--overwrite"]
-                    + ["--no-baseline", *flags]
+                    as_flags(
+                        {
+                            "model": args.model,
+                            "input": data,
+                            "targets": args.targets,
+                            "modality": modality,
+                            "max_training_molecules": size,
+                            "output_dir": run,
+                            "overwrite": True,
+                            "baseline": False,
+                        }
+                    )
+                    + flags
                 )
             runs = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["models"]["MoleBLEND"]["runs"]
             for target in args.targets.split(","):
