@@ -225,10 +225,10 @@ def test_coverage_is_measured_and_stands_beside_the_nominal_one():
         ["x"] * NUM, SMILES, labels, labels + 0.1, lower=labels + 0.1 - half_width, upper=labels + 0.1 + half_width
     )
     experiment = regression(
-        target_names=["gap"], target_units=["eV"], runs=[Run(MODEL, 0, test)], conformal_coverage=0.9
+        target_names=["gap"], target_units=["eV"], runs=[Run(MODEL, 0, test, test)], conformal_coverage=0.9
     )
     _, text = told(experiment)
-    assert f"| gap (eV) | 24 | 75.0% | 90% ± {1.96 * math.sqrt(0.09 / 24):.1%} | 0.325 |" in text
+    assert f"| gap (eV) | 24 | 75.0% | 90% ± {1.96 * math.sqrt(0.09 / 24 + 0.09 / 26):.1%} | 0.325 |" in text
     assert "| active | 24 | " in told(binary())[1]
 
 

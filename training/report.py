@@ -313,8 +313,8 @@ def write_plots(experiment: Experiment, results: Mapping[str, Any], folder: Path
     covered = _covered(experiment, results)
     if covered and experiment.conformal_coverage is not None:
         coverage = {name: figures["coverage"] for name, figures in covered.items()}
-        nums = {name: figures["num"] for name, figures in covered.items()}
-        plot_coverage(coverage, nums, experiment.conformal_coverage, folder / "coverage.png")
+        chance = {name: _chance(experiment, name, figures["num"]) for name, figures in covered.items()}
+        plot_coverage(coverage, chance, experiment.conformal_coverage, folder / "coverage.png")
         plots.append(("Conformal coverage, test part", "coverage.png"))
     return plots
 
@@ -477,11 +477,25 @@ def _coverage_table(experiment: Experiment, results: Mapping[str, Any]) -> Table
     size = "interval_width" if experiment.problem_type == REGRESSION else "set_size"
     rows = []
     for name, figures in itertools.islice(covered.items(), MAX_TARGETS_IN_CARD):
-        chance = 1.96 * math.sqrt(nominal * (1 - nominal) / figures["num"])
+        chance = _chance(experiment, name, figures["num"])
         title = _with_unit(name, results["targets"][name])
         row = [_escaped(title), f"{figures['num']:,}", f"{figures['coverage']:.1%}", f"{nominal:.0%} ± {chance:.1%}"]
         rows.append([*row, _one(figures[size], size)])
     return ["Target", "Labels", "Covered", "Nominal ± chance (95%)", f"Mean {TITLES[size]}"], rows
+
+
+def _chance(experiment: Experiment, name: str, num: int) -> float:
+    """Half of the 95 % range around the nominal coverage for so many exchangeable test and calibration labels.
+
+    The coverage of an interval from n labels is Beta distributed (arXiv:2107.07511, section 3.2), which adds its variance to
+    that of counting `num` test labels.
+    """
+    nominal, validation = experiment.conformal_coverage or 0.0, experiment.reported_run.validation
+    variance = 1 / num
+    if validation is not None:
+        column = experiment.target_names.index(name)
+        variance += 1 / (np.sum(~np.isnan(validation.labels[:, column])) + 2)
+    return 1.96 * math.sqrt(nominal * (1 - nominal) * variance)
 
 
 def _undefined(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:

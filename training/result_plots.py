@@ -74,16 +74,16 @@ def plot_reliability(labels: np.ndarray, probabilities: np.ndarray, path: Path) 
     figure.savefig(path, dpi=DOTS_A_INCH)
 
 
-def plot_coverage(coverage: Mapping[str, float], nums: Mapping[str, int], nominal: float, path: Path) -> None:
-    """Share of labels in their conformal intervals or sets, by target, with what chance does to so many labels (95 %)."""
+def plot_coverage(coverage: Mapping[str, float], chance: Mapping[str, float], nominal: float, path: Path) -> None:
+    """Share of labels in their conformal intervals or sets, by target, with half the range that chance explains."""
     names = list(coverage)[:MAX_PANELS]
-    chance = [1.96 * (nominal * (1 - nominal) / nums[name]) ** 0.5 for name in names]
+    errors = [chance[name] for name in names]
     figure = Figure(figsize=(4.6, 1.4 + 0.35 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(nominal, color="black", linestyle=":", linewidth=1)
     places = np.arange(len(names))
     axes.errorbar(
-        [nominal] * len(names), places, xerr=chance, fmt="none", color="gray", capsize=4, label="chance (95 %)"
+        [nominal] * len(names), places, xerr=errors, fmt="none", color="gray", capsize=4, label="chance (95 %)"
     )
     axes.plot([coverage[name] for name in names], places, "o", label="measured")
     axes.set_yticks(places, names)
