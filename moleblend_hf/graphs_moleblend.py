@@ -161,10 +161,10 @@ def pair_relations(graphs: FlatGraphs, max_path_bonds: int, canonical_atom_order
     occurring[0] = True
     kinds = np.flatnonzero(occurring)
     bits = (len(kinds) - 1).bit_length()
-    bond_codes = np.zeros(num * width * width, dtype=np.uint8)
+    bond_codes = np.zeros((num, width, width), dtype=np.uint8)
     codes = (np.cumsum(occurring) - 1).astype(np.uint8)[graphs.bond_types]
-    bond_codes[(first_atom + begin) * width + end] = bond_codes[(first_atom + end) * width + begin] = codes
-    bond_codes = bond_codes.reshape(num, width, width)
+    flat = bond_codes.reshape(-1)
+    flat[(first_atom + begin) * width + end] = flat[(first_atom + end) * width + begin] = codes
     distance = np.zeros((num, width, width), dtype=np.int64)
     paths = np.zeros((num, width, width), dtype=np.uint32 if bits * max_path_bonds <= 32 else np.uint64)
     find_paths = smallest_paths if canonical_atom_order else first_found_paths
