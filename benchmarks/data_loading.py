@@ -3,9 +3,9 @@
     python benchmarks/data_loading.py                       # the sample, repeated to 120,000 rows
     python benchmarks/data_loading.py --dataset data/qm9    # what preprocess.py wrote
 
-The rows are memory-mapped by `datasets` and read in random order, those of atoms and bonds as training does, and in sequence. Beside the form in
-which `preprocess.py` stores a molecule (atoms and bonds, from which each batch's relations are made) stands the other one
-(relations stored). Both give the same batches, which is checked before anything is timed.
+The rows are memory-mapped by `datasets` and read in random order (those of atoms and bonds as training reads them) and in
+sequence. Beside the form in which `preprocess.py` stores a molecule (atoms and bonds, from which each batch's relations are
+made) stands the other one (relations stored). Both give the same batches, which is checked before anything is timed.
 """
 
 import argparse
