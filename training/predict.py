@@ -22,7 +22,6 @@ error                why there is no prediction; else empty
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -33,6 +32,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
+from joblib import cpu_count  # that this process may use, also in a container
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
@@ -236,7 +236,7 @@ def predict_all(
 ) -> int:
     """Make all parts that are not there yet, and return how many there are."""
     counts: Counter[str] = Counter()
-    num_proc = settings.num_proc or len(os.sched_getaffinity(0))
+    num_proc = settings.num_proc or cpu_count()
     with tqdm(total=count_rows(source), unit=" molecules", unit_scale=True, mininterval=0.5) as progress:
         parts = parts_to_do(source.records(), part_size(part_settings), work, counts, progress)
         for num_predicted, num_failed in run_locally(parts, part_settings, num_proc, predict_part):
