@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 import preprocess
-from batches import Budget, StepBatches, fitting
+from batches import Budget, StepBatches
 from calibration import conformal_quantiles
 from data import ABOUT, GraphRows, PreprocessedDataset, open_dataset
 from fingerprints import fingerprint_baseline
@@ -140,8 +140,12 @@ class FinetuningSettings:
     mixed_precision: str | None = setting(
         "optimization", "arithmetic; left out, what accelerate launch says", None, choices=("no", "fp16", "bf16")
     )
-    max_tokens: int = setting("optimization", "padded tokens (atoms + 1) of the molecules in one forward", 16_384)
-    max_pairs: int = setting("optimization", "padded pairs of tokens in one forward", 400_000)
+    max_tokens: int | None = setting(
+        "optimization",
+        "padded tokens (atoms + 1) of the molecules in one forward; left out: what suits the device",
+        None,
+    )
+    max_pairs: int | None = setting("optimization", "padded pairs of tokens in one forward, likewise", None)
     search_trials: int = setting("optimization", "settings that Optuna tries first, judged on validation", 0)
 
     baseline: bool = setting("evaluation", "train a random forest on ECFP4 fingerprints beside it", True)
@@ -233,6 +237,10 @@ class Finetuning:
     processor: MoleBlendProcessor
     target_values: dict[str, Any]  # of the config: the members of an ensemble share scales
 
+    def budget(self) -> Budget:
+        """Of one forward; a molecule that exceeds it is a part of its own."""
+        return Budget.on(self.accelerator.device.type, self.settings.max_tokens, self.settings.max_pairs)
+
     def new_model(self, seed: int, from_scratch: bool) -> PreTrainedModel:
         """The model to train, from the checkpoint or from random weights; what is not from the checkpoint is printed."""
         settings = self.settings
@@ -305,7 +313,7 @@ class Finetuning:
 
     def predict(self, model: PreTrainedModel, rows: np.ndarray) -> np.ndarray:
         """Predictions for some rows, averaged over their conformers; the processes share the work."""
-        accelerator, budget = self.accelerator, (self.settings.max_tokens, self.settings.max_pairs)
+        accelerator, budget = self.accelerator, dataclasses.astuple(self.budget())
         share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
         found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), *budget).values
         if accelerator.num_processes == 1:
@@ -336,12 +344,10 @@ class Finetuning:
         scales[~(scales > 0)] = 1.0
         class_weights = self.class_weights(training_labels)
         rows = GraphRows(self.data.rows, training_rows)
-        budget = Budget(settings.max_tokens, settings.max_pairs)
-        fitting(rows, budget, "error")
         batches = StepBatches(
             rows.sizes(),
             min(settings.batch_size, len(rows) // accelerator.num_processes * accelerator.num_processes),
-            budget,
+            self.budget(),
             seed,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -629,7 +635,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         calibration_rows = np.concatenate([rows for _, _, rows in cuts])
         calibration_values = np.concatenate(unseen)
     calibrate(final.config, data.labels(calibration_rows), calibration_values, task.problem_type, settings.coverage)
-    found_test = predict_graphs(final, processor, graphs_of(data.rows, test), settings.max_tokens, settings.max_pairs)
+    budget = dataclasses.astuple(finetuning.budget())
+    found_test = predict_graphs(final, processor, graphs_of(data.rows, test), *budget)
     intervals = {"lower": found_test.lower, "upper": found_test.upper, "prediction_sets": found_test.prediction_sets}
     final_run = Run(
         reported,
@@ -674,7 +681,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         base_model=None if settings.from_scratch == "only" else settings.model,
         notes=warnings,
     )
-    results = write_report(experiment, output_dir, final.config)  # type: ignore[arg-type]
+    results = write_report(experiment, output_dir, final.config)
     print(f"Done. {output_dir}/ is a folder for the Hub; README.md in it says how good the model is.")
     return results
 
