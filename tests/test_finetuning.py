@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from rdkit import Chem
 from safetensors.torch import load_file
 from tiny import tiny_config
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments
 
 import finetune
 from calibration import conformal_quantile, conformal_quantiles
@@ -103,6 +103,16 @@ def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table
     rmse = np.sqrt(np.mean((found.values[known, 0] - np.array(rows["size"], float)[known]) ** 2))
     assert f"{rmse:.4f}"[:5] in text
     assert ((found.lower <= found.values) & (found.values <= found.upper)).all()
+    # So does the folder in a process without this package, as a pipeline.
+    code = (
+        "import sys, json; sys.modules['moleblend_hf'] = None\n"
+        "from transformers import pipeline\n"
+        f"predict = pipeline(model={str(output)!r}, trust_remote_code=True, device='cpu')\n"
+        f"answers = predict({list(rows['smiles'])!r})\n"
+        "print(json.dumps([answer['predictions']['size']['value'] for answer in answers]))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    np.testing.assert_allclose(json.loads(printed.splitlines()[-1]), found.values[:, 0], rtol=1e-6)
     # Each member is a checkpoint too, and the broken row is written down.
     members = [AutoModelForSequenceClassification.from_pretrained(output / "members" / str(seed)) for seed in (0, 1)]
     values = [predict_graphs(member, processor, graphs).values for member in members]
@@ -266,6 +276,37 @@ def test_targets_of_atoms(base, tmp_path):
     assert abs(found[0] - 9) < 1
     assert abs(found[-1] - 8) < 1
     assert (found[1:-1] - 6).abs().max() < 1
+
+
+def test_trainer_fine_tunes_the_model(base, tmp_path):
+    """transformers' own Trainer, from SMILES to a checkpoint that predicts."""
+    processor = MoleBlendProcessor.from_pretrained(base)
+    model = MoleBlendForSequenceClassification.from_pretrained(base, num_labels=1, problem_type="regression")
+    rows = [{"smiles": smiles, "size": float(Chem.MolFromSmiles(smiles).GetNumAtoms())} for smiles in MOLECULES]
+
+    def collate(examples):
+        return processor([row["smiles"] for row in examples], labels=[row["size"] for row in examples])
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), num_train_epochs=12, per_device_train_batch_size=10, learning_rate=3e-3,
+        remove_unused_columns=False, eval_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=rows[:50],
+        eval_dataset=rows[50:],
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert losses[-1] < losses[0] / 2
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = MoleBlendForSequenceClassification.from_pretrained(tmp_path / "saved")
+    inputs = MoleBlendProcessor.from_pretrained(tmp_path / "saved")(MOLECULES)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6, rtol=0)
 
 
 def test_optuna_chooses_on_validation(base, table, tmp_path, capsys):

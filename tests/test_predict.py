@@ -372,7 +372,7 @@ def test_the_parts_that_are_done_are_not_done_again(here, model, tmp_path, monke
     [
         (["--output", "out.xlsx"], "output is 'out.xlsx', but predictions are written to .csv or .parquet"),
         (["--output", "o.csv", "--embeddings"], "output is 'o.csv', but embeddings are written to .parquet"),
-        (["--input", "in.txt"], "The name of 'in.txt' does not tell what it is"),
+        (["--input", "in.txt"], "'in.txt' does not end in .csv"),
         (["--num_proc", "0"], "num_proc must be 1 or more, got 0"),
         (["--molecule_time_limit", "0"], "molecule_time_limit must be more than 0 seconds, got 0"),
         (["--smiles_column", "structure"], "has no column 'structure'"),

@@ -74,6 +74,11 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
     return PreprocessedDataset(str(name), splits, about)
 
 
+def is_preprocessed(name: str) -> bool:
+    """Whether this is a dataset that preprocess.py wrote, or a name on the Hub, and no file of molecules."""
+    return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1)
+
+
 _REMEDY = "Make one with training/preprocess.py; training/sample is an example."
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import preprocess
-from data import ABOUT, PreprocessedDataset, open_dataset
+from data import PreprocessedDataset, is_preprocessed, open_dataset
 from labels import graphs_of, labelled
 from metrics import CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
@@ -98,7 +98,7 @@ def prepared(
 ) -> PreprocessedDataset:
     """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for the model's processor."""
     name = settings.input
-    if (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1):
+    if is_preprocessed(name):
         return open_dataset(name)
     problem_type = prediction_type(model.config)
     shared = {field.name for field in dataclasses.fields(preprocess.PreprocessingSettings)} & set(processor.to_dict())

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 import preprocess
 from batches import Budget, StepBatches
 from calibration import conformal_quantiles
-from data import ABOUT, GraphRows, PreprocessedDataset, open_dataset
+from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from fingerprints import fingerprint_baseline
 from labels import Labelled, check_labels, graphs_of, labelled
 from metrics import score
@@ -46,6 +46,7 @@ from moleblend_hf import (
     MoleBlendEnsembleForSequenceClassification,
     MoleBlendForSequenceClassification,
     MoleBlendForTokenClassification,
+    MoleBlendPipeline,
     MoleBlendProcessor,
 )
 from moleblend_hf.molecules_moleblend import MODALITIES
@@ -406,11 +407,6 @@ class Finetuning:
         return dataclasses.replace(best, seconds=seconds)
 
 
-def is_preprocessed(name: str) -> bool:
-    """Whether this is a dataset that preprocess.py wrote, or a name on the Hub, and no file."""
-    return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1)
-
-
 def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> PreprocessedDataset:
     """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for this processor."""
     if is_preprocessed(settings.input):
@@ -528,6 +524,15 @@ def calibrate(
         labels, values = transformed_labels(labels, config), transformed_labels(values, config)
     config.conformal_quantiles = conformal_quantiles(problem_type, labels, values, coverage)
     config.conformal_coverage = coverage
+
+
+def save(model: PreTrainedModel, processor: MoleBlendProcessor, folder: Path) -> None:
+    """Write a folder that loads with the auto classes and with `pipeline`."""
+    if isinstance(model, MoleBlendForTokenClassification):  # of which there is no pipeline
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        MoleBlendPipeline(model=model, feature_extractor=processor, device=model.device).save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -653,10 +658,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     for (seed, _, _), member in zip(cuts, members, strict=True):
         if final is not member:
-            member.save_pretrained(output_dir / "members" / str(seed))
-            processor.save_pretrained(output_dir / "members" / str(seed))
-    final.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+            save(member, processor, output_dir / "members" / str(seed))
+    save(final, processor, output_dir)
     arguments = sys.argv[1:] if argv is None else argv
     experiment = Experiment(
         problem_type=task.problem_type,

@@ -43,23 +43,12 @@ from parts import Part, makes_conformers
 from prediction_parts import PredictionPartSettings, model_columns, output_schema, predict_part
 from reporting import versions
 from settings import load_settings, setting
-from sources import Record, Source, count_rows, open_source
+from sources import FILES, Record, Source, count_rows, open_source, source_of
 
 # What is done again after an interrupt. A conformer takes 100 times longer than all the rest.
 RECORDS_A_PART = 1000
 CONFORMERS_A_PART = 100
 ROWS_A_WRITE = 50_000  # of the output, in memory at once
-KINDS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".smi": "smi",
-    ".smiles": "smi",
-    ".sdf": "sdf",
-    ".sd": "sdf",
-    ".mol": "sdf",
-    ".parquet": "parquet",
-}
 WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pq.ParquetWriter}
 
 
@@ -72,9 +61,7 @@ class PredictionSettings:
     embeddings: bool = setting("model", "write embeddings of molecules instead; any checkpoint but an ensemble", False)
 
     input: str = setting("input", "CSV, TSV, SMILES, SDF or Parquet file, plain or gzipped")
-    source: str | None = setting(
-        "input", "its layout; left out: by the ending of its name", None, choices=sorted(set(KINDS.values()))
-    )
+    source: str | None = setting("input", "its layout; left out: by the ending of its name", None, choices=FILES)
     smiles_column: str | None = setting("input", "column of the SMILES; guessed from its name if left out", None)
     id_column: str | None = setting("input", "column or SDF field of the ids; else guessed, else row numbers", None)
     delimiter: str | None = setting("input", "of csv and tsv", None)
@@ -115,14 +102,9 @@ def parse_args(argv: list[str] | None = None) -> PredictionSettings:
 
 def opened_source(settings: PredictionSettings) -> Source:
     """The source that the settings name."""
-    path = Path(settings.input)
-    ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    kind = settings.source or KINDS.get(ending.lower())
-    if kind is None:
-        raise ValueError(f"The name of {settings.input!r} does not tell what it is. Say so with --source.")
     return open_source(
-        kind,
-        path,
+        settings.source or source_of(settings.input),
+        settings.input,
         smiles_column=settings.smiles_column,
         id_column=settings.id_column,
         delimiter=settings.delimiter,

@@ -975,12 +975,26 @@ _KINDS: dict[str, tuple[Callable[[str, _Options], Source], tuple[str, ...]]] = {
 SOURCES = tuple(_KINDS)
 
 
+# Kinds of files that any molecules come in, and the endings of their names.
+_ENDINGS = {
+    "csv": "csv",
+    "tsv": "tsv",
+    "tab": "tsv",
+    "smi": "smi",
+    "smiles": "smi",
+    "sdf": "sdf",
+    "sd": "sdf",
+    "mol": "sdf",
+}
+_ENDINGS |= {"parquet": "parquet"}
+FILES = tuple(dict.fromkeys(_ENDINGS.values()))
+
+
 def source_of(path: str | Path) -> str:
-    """The kind of source that a file's ending tells: csv, tsv, smi, sdf or parquet."""
-    endings = [suffix.lstrip(".").lower() for suffix in Path(path).suffixes if suffix.lower() != ".gz"]
-    ending = {"sd": "sdf", "smiles": "smi", "tab": "tsv"}.get(endings[-1], endings[-1]) if endings else ""
-    if ending not in ("csv", "tsv", "smi", "sdf", "parquet"):
+    """The kind of source that the ending of a file's name tells, of `FILES`; the file may be gzipped."""
+    ending = str(path).lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    if ending not in _ENDINGS:
         raise ValueError(
-            f"{str(path)!r} does not end in .csv, .tsv, .smi, .sdf or .parquet. Say what it is with --source."
+            f"{str(path)!r} does not end in {', '.join(f'.{name}' for name in _ENDINGS)}. Say what it is with --source."
         )
-    return ending
+    return _ENDINGS[ending]
