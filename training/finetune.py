@@ -474,7 +474,10 @@ def fold_rows(data: Data, rows: np.ndarray, settings: FinetuningSettings) -> Ite
 
 def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
     """The settings with the best validation score among those that Optuna tried."""
-    import optuna
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("search_trials needs Optuna: pip install optuna, or this package with [search].") from error
 
     def objective(trial: optuna.Trial) -> float:
         tried = {
