@@ -51,6 +51,7 @@ from moleblend_hf import (
 )
 from moleblend_hf.molecules_moleblend import MODALITIES
 from moleblend_hf.prediction_moleblend import predict_graphs
+from moleblend_hf.verification import write_reference_outputs
 from objective import CONFORMER, molecule_seeds, uniform
 from optimization import freeze, parameter_groups
 from report import (
@@ -536,6 +537,7 @@ def save(model: PreTrainedModel, processor: MoleBlendProcessor, folder: Path) ->
         processor.save_pretrained(folder)
     else:
         MoleBlendPipeline(model=model, feature_extractor=processor, device=model.device).save_pretrained(folder)
+    write_reference_outputs(model, processor, folder)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

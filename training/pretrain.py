@@ -38,6 +38,7 @@ from data import collate, open_dataset, training_and_held_out
 from evaluation import LOSSES, evaluate, held_out_results, run_figures
 from guards import FiniteSteps, StopRequest
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
+from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
 from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, write_card
 from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
@@ -152,6 +153,7 @@ def write_folder(
     """Write what the Hub takes: model, code and processor, the card and its picture, settings and versions."""
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    write_reference_outputs(model, processor, output_dir)
     plot_losses(rows, LOSSES, output_dir / "losses.png")
     (output_dir / "training_settings.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_card(
