@@ -13,10 +13,11 @@
 # limitations under the License.
 """`pipeline("molecular-property-prediction")`: molecules to what a fine-tuned model predicts for them, or to embeddings."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification, Pipeline
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .prediction_moleblend import (
@@ -25,6 +26,7 @@ from .prediction_moleblend import (
     embed_graphs,
     predict_graphs,
     prediction_type,
+    predicts_atoms,
     shown_modality,
     target_names,
 )
@@ -42,7 +44,8 @@ class MoleBlendPipeline(Pipeline):
     `pipeline(model=folder, trust_remote_code=True)` where this package is not installed.
 
     Args:
-        model (`MoleBlendForSequenceClassification` or `MoleBlendEnsembleForSequenceClassification`): a fine-tuned model.
+        model (`MoleBlendForSequenceClassification`, `MoleBlendForTokenClassification` or
+            `MoleBlendEnsembleForSequenceClassification`): a fine-tuned model.
         feature_extractor (`MoleBlendProcessor`): the processor of its checkpoint.
         batch_size (`int`, *optional*, defaults to 64): molecules in a batch, at most.
 
@@ -55,6 +58,8 @@ class MoleBlendPipeline(Pipeline):
           several; `lower` and `upper` ends of the conformal interval, or for a binary target the `prediction_set` of its
           values, where the checkpoint is calibrated.
         - **prediction**, **prediction_set** -- the likeliest class, and those of the conformal prediction set, with classes.
+          Of a model of atoms, each of these but `unit` is a list: one for each atom in the order of the input, hydrogens
+          that are dropped left out, those that are added at its end.
         - **molecule_embedding** -- `(hidden_size,)`, in place of all this.
         - **atom_embeddings** -- `(num_atoms, hidden_size)` in the atom order of the input, in place of all this.
         - **modality** -- what the model was shown of the molecule: `"2d"`, `"3d"` or `"2d+3d"`.
@@ -80,6 +85,15 @@ class MoleBlendPipeline(Pipeline):
 
     def __init__(self, model: Any, *args: Any, batch_size: int = 64, **kwargs: Any):
         super().__init__(model, *args, batch_size=batch_size, **kwargs)
+        # By its name: from a saved folder it is another class than in this package.
+        if type(model).__name__ == "MoleBlendForTokenClassification":
+            self._registered_impl = {TASK: {"impl": type(self), "pt": (AutoModelForTokenClassification,)}}
+        elif predicts_atoms(model.config):
+            raise ValueError(
+                "The checkpoint predicts for atoms, but was loaded as a model of molecules. Load it with "
+                "AutoModelForTokenClassification and pass it as `model`. If it has been trained for molecules since, set "
+                "`model.config.architectures` to None."
+            )
         # `pipeline()` leaves classes in the config that it loaded, which could then not be saved.
         for info in getattr(model.config, "custom_pipelines", {}).values():
             info["pt"] = [getattr(auto_class, "__name__", auto_class) for auto_class in info["pt"]]
@@ -134,7 +148,7 @@ class MoleBlendPipeline(Pipeline):
 
 
 def named_predictions(predictions: Predictions, config: Any) -> list[dict[str, Any]]:
-    """Returns for each molecule its predictions by the names of the targets."""
+    """Returns for each molecule its predictions by the names of the targets; of a model of atoms, lists of them."""
     names, problem_type = target_names(config), prediction_type(config)
     columns = {
         name: getattr(predictions, attribute)
@@ -146,28 +160,41 @@ def named_predictions(predictions: Predictions, config: Any) -> list[dict[str, A
             ("upper", "upper"),
         )
     }
+    rows: Any = range(len(predictions.values))
+    if predictions.num_atoms is not None:
+        rows = np.split(np.arange(len(predictions.values)), np.cumsum(predictions.num_atoms)[:-1])
     found = []
-    for row in range(len(predictions.values)):
+    for row in rows:
         by_name: dict[str, Any] = {}
         for index, name in enumerate(names):
-            by_name[name] = {key: _number(column[row, index]) for key, column in columns.items() if column is not None}
+            by_name[name] = {key: _plain(column[row, index]) for key, column in columns.items() if column is not None}
             if config.target_units is not None:
                 by_name[name]["unit"] = config.target_units[index]
         answer: dict[str, Any] = {"predictions": by_name}
         sets = predictions.prediction_sets
         if problem_type == "single_label_classification":
-            answer["prediction"] = names[int(predictions.values[row].argmax())]
+            answer["prediction"] = np.array(names)[predictions.values[row].argmax(-1)].tolist()
             if sets is not None:
-                answer["prediction_set"] = [name for name, is_in in zip(names, sets[row], strict=True) if is_in]
+                answer["prediction_set"] = _members(sets[row], names)
         elif sets is not None:
             for index, name in enumerate(names):
-                by_name[name]["prediction_set"] = np.flatnonzero(sets[row, index]).tolist()
+                by_name[name]["prediction_set"] = _members(sets[row, index], range(2))
         found.append(answer)
     return found
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _plain(values: Any) -> Any:
+    """Returns a number, or a list of those of atoms; None where there is none."""
+    if np.ndim(values):
+        return [_plain(value) for value in values]
+    return None if np.isnan(values) else float(values)
+
+
+def _members(is_in: np.ndarray, classes: Sequence) -> list:
+    """Returns the classes in a prediction set, or a list of those of atoms."""
+    if is_in.ndim > 1:
+        return [_members(row, classes) for row in is_in]
+    return [one for one, inside in zip(classes, is_in, strict=True) if inside]
 
 
 # Also where this file was loaded from a saved folder, so that a pipeline from there can be saved again. The class that was

@@ -50,6 +50,7 @@ class Predictions:
         prediction_sets: (n, T, 2) for binary tasks, (n, C) for classes: whether the class is in the conformal prediction set;
             all are for a target that is not calibrated; None if none is.
         modalities: of molecules, what the model was shown of each: "2d", "3d" or "2d+3d".
+        num_atoms: of molecules, how many of the n are atoms of each; None for a model of molecules.
     """
 
     values: np.ndarray
@@ -59,6 +60,7 @@ class Predictions:
     upper: np.ndarray | None
     prediction_sets: np.ndarray | None
     modalities: list[str]
+    num_atoms: np.ndarray | None = None
 
 
 class GraphMemoryError(MemoryError):
@@ -101,17 +103,19 @@ def predict_graphs(
             logits = logits.softmax(-1)
         logits = logits.cpu().numpy()  # (M, B, T), of atoms (M, B, N, T)
         of_atoms = logits.ndim == 4
-        return [logits[:, row, : graph.num_atoms] if of_atoms else logits[:, [row]] for row, graph in enumerate(batch)]
+        return [logits[:, row, : graph.num_atoms] if of_atoms else logits[:, row] for row, graph in enumerate(batch)]
 
-    found = _over_conformers(model, processor, graphs, read, max_tokens, max_pairs)  # (conformers, M, 1 or atoms, T)
-    means = np.concatenate([each.mean(0) for each in found], axis=1)  # (M, n, T)
+    found = _over_conformers(model, processor, graphs, read, max_tokens, max_pairs)
+    of_atoms = found[0].ndim == 4  # (conformers, M, atoms, T), of molecules (conformers, M, T)
+    joined = np.concatenate if of_atoms else np.stack
+    means = joined([each.mean(0) for each in found], axis=1)  # (M, n, T)
     values = means.mean(0)
     conformer_spread = None
     if any(len(each) > 1 for each in found):
         deviations = [
             each.std(0, ddof=1).mean(0) if len(each) > 1 else np.full(each.shape[2:], np.nan) for each in found
         ]
-        conformer_spread = np.concatenate(deviations)
+        conformer_spread = joined(deviations)
     lower = upper = prediction_sets = None
     if config.conformal_quantiles is not None:
         quantiles = np.array([np.nan if q is None else q for q in config.conformal_quantiles])
@@ -130,6 +134,7 @@ def predict_graphs(
         upper=upper,
         prediction_sets=prediction_sets,
         modalities=[shown_modality(graph, processor.modality) for graph in graphs],
+        num_atoms=np.array([graph.num_atoms for graph in graphs]) if of_atoms else None,
     )
 
 
@@ -181,6 +186,11 @@ def prediction_type(config: Any) -> str:
             'mean. Set it to "regression", "multi_label_classification" or "single_label_classification".'
         )
     return problem_type_of(config)
+
+
+def predicts_atoms(config: Any) -> bool:
+    """Returns whether a saved config is that of a model of atoms; the auto classes of both kinds would load its weights."""
+    return "MoleBlendForTokenClassification" in (config.architectures or ())
 
 
 def target_names(config: Any) -> list[str]:

@@ -138,6 +138,26 @@ def test_an_ensemble_with_intervals_is_evaluated_as_one_model(tmp_path):
     assert test["targets"]["mu"]["coverage"] is None
 
 
+def test_a_model_of_atoms_is_measured_over_atoms(tmp_path):
+    folder = saved(tmp_path / "model", MoleBlendForTokenClassification, **REGRESSION)
+    model, processor = MoleBlendForTokenClassification.from_pretrained(folder), MoleBlendProcessor(modality="2d")
+    with torch.no_grad():
+        values = [model(**processor(smiles)).logits[0].double().numpy() for smiles in SMILES]
+    gap = [json.dumps((atoms[:, 0] + 0.25).tolist()) for atoms in values]
+    mus = [";".join("" if row % 2 else str(value) for row, value in enumerate(atoms[:, 1])) for atoms in values]
+    mus[5] = None
+    results = run(folder, table(tmp_path / "new.csv", gap=gap, mu=mus), tmp_path / "out")
+    targets = results["models"]["MoleBLEND"]["runs"][0]["test"]["targets"]
+    assert targets["gap"]["mae"] == pytest.approx(0.25, abs=1e-5)
+    assert targets["mu"]["mae"] == pytest.approx(0, abs=1e-5)
+    sizes = [len(atoms) for atoms in values]
+    assert targets["gap"]["num"] == sum(sizes)
+    assert targets["mu"]["num"] == sum((size + 1) // 2 for row, size in enumerate(sizes) if row != 5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForTokenClassification" in card
+    assert "Whoever named their median for every atom" in card
+
+
 def test_a_part_of_a_preprocessed_dataset(tmp_path):
     folder = saved(tmp_path / "model", **REGRESSION)
     source = table(tmp_path / "new.csv", gap=range(len(SMILES)), mu=range(len(SMILES)))
@@ -178,10 +198,15 @@ def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):
         run(tmp_path / "model", tmp_path / "new.csv", tmp_path / "out")
 
 
-def test_a_model_of_atoms_is_refused(tmp_path):
-    folder = saved(tmp_path / "model", MoleBlendForTokenClassification, num_labels=1, problem_type="regression")
-    with pytest.raises(ValueError, match="predicts for atoms, which this script does not measure"):
-        run(folder, tmp_path / "new.csv", tmp_path / "out")
+def test_targets_of_molecules_are_not_taken_for_those_of_atoms(tmp_path):
+    folder = saved(tmp_path / "model", MoleBlendForTokenClassification, **REGRESSION)
+    source = table(tmp_path / "new.csv", gap=range(len(SMILES)), mu=range(len(SMILES)))
+    preprocess.main(["--source", "csv", "--input", str(source), "--output", str(tmp_path / "data"),
+                     "--targets", "gap,mu", "--modality", "2d"])  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"predicts for atoms, but gap, mu of .* are targets of molecules\. Preprocess"
+    ):
+        run(folder, tmp_path / "data", tmp_path / "out")
 
 
 def test_a_dataset_in_other_units_is_refused(tmp_path, folder):

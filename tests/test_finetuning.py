@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from rdkit import Chem
 from safetensors.torch import load_file
 from tiny import tiny_config
-from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments, pipeline
 
 import finetune
 from calibration import conformal_quantile, conformal_quantiles
@@ -276,6 +276,8 @@ def test_targets_of_atoms(base, tmp_path):
     assert abs(found[0] - 9) < 1
     assert abs(found[-1] - 8) < 1
     assert (found[1:-1] - 6).abs().max() < 1
+    answer = pipeline(model=str(tmp_path / "model"), trust_remote_code=True, device="cpu")("FCCCCO")
+    np.testing.assert_allclose(answer["predictions"]["charge"]["value"], found, atol=1e-5)
 
 
 def test_trainer_fine_tunes_the_model(base, tmp_path):

@@ -14,6 +14,7 @@ from transformers import pipeline
 from moleblend_hf import (
     MoleBlendEnsembleForSequenceClassification,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendPipeline,
     MoleBlendProcessor,
 )
@@ -21,9 +22,9 @@ from moleblend_hf import (
 TARGETS = {"id2label": {0: "gap", 1: "mu"}, "label2id": {"gap": 0, "mu": 1}}
 
 
-def fine_tuned(**changes) -> MoleBlendForSequenceClassification:
+def fine_tuned(model_class=MoleBlendForSequenceClassification, **changes):
     config = tiny_config(**{"problem_type": "regression", "initializer_range": 0.3, **TARGETS, **changes})
-    return MoleBlendForSequenceClassification(config).eval()
+    return model_class(config).eval()
 
 
 def of(model, **processor) -> MoleBlendPipeline:
@@ -80,6 +81,48 @@ def test_classes_and_binary_targets_have_prediction_sets():
     answer = of(fine_tuned(problem_type="multi_label_classification", **calibration))("CCO")
     assert answer["predictions"]["gap"]["prediction_set"] == [0, 1]
     assert answer["predictions"]["mu"]["prediction_set"] == []
+
+
+def test_a_model_of_atoms_has_lists_in_the_order_of_the_input():
+    calibration = {"conformal_coverage": 0.9, "conformal_quantiles": [0.5, None]}
+    model = fine_tuned(MoleBlendForTokenClassification, target_units=["ppm", "e"], **calibration)
+    molecules = ["OCC", "C", "C1CC", Chem.MolFromSmiles("[H]OC", sanitize=True), "C(O)C"]
+    answers = of(model)(molecules, batch_size=2)
+    readable = [answers[0], answers[1], answers[3], answers[4]]
+    assert [len(answer["predictions"]["mu"]["value"]) for answer in readable] == [3, 1, 2, 3]
+    assert answers[2]["predictions"] is None
+    with torch.no_grad():
+        expected = model(**MoleBlendProcessor()("OCC")).logits[0].double().numpy()
+    gap = answers[0]["predictions"]["gap"]
+    np.testing.assert_allclose(gap["value"], expected[:, 0], atol=1e-6)
+    np.testing.assert_allclose(np.subtract(gap["upper"], gap["value"]), 0.5)
+    assert gap["unit"] == "ppm"
+    assert answers[0]["predictions"]["mu"]["lower"] == [None] * 3
+    other = answers[4]["predictions"]["gap"]["value"]
+    np.testing.assert_allclose([other[1], other[0], other[2]], gap["value"], atol=1e-5)
+
+
+def test_classes_of_atoms():
+    names = {"id2label": {0: "low", 1: "mid", 2: "high"}, "label2id": {"low": 0, "mid": 1, "high": 2}}
+    calibration = {"conformal_coverage": 0.9, "conformal_quantiles": [1.0]}
+    classes = {"problem_type": "single_label_classification", **names, **calibration}
+    answer = of(fine_tuned(MoleBlendForTokenClassification, **classes))("CCO")
+    probabilities = np.array([answer["predictions"][name]["value"] for name in ("low", "mid", "high")])
+    np.testing.assert_allclose(probabilities.sum(0), 1)
+    assert answer["prediction"] == [["low", "mid", "high"][index] for index in probabilities.argmax(0)]
+    assert answer["prediction_set"] == [["low", "mid", "high"]] * 3
+    calibration["conformal_quantiles"] = [1.0, 0.0]
+    binary = {"problem_type": "multi_label_classification", **calibration}
+    answer = of(fine_tuned(MoleBlendForTokenClassification, **binary))("CC")
+    assert answer["predictions"]["gap"]["prediction_set"] == [[0, 1]] * 2
+    assert answer["predictions"]["mu"]["prediction_set"] == [[]] * 2
+
+
+def test_a_checkpoint_of_atoms_is_not_taken_for_one_of_molecules(tmp_path):
+    fine_tuned(MoleBlendForTokenClassification).save_pretrained(tmp_path)
+    MoleBlendProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"predicts for atoms, but was loaded as a model of molecules\. Load it with"):
+        pipeline("molecular-property-prediction", model=str(tmp_path), device="cpu")
 
 
 def test_embeddings_of_molecules_and_atoms():
@@ -140,14 +183,19 @@ for source in (folder, again):
 """
 
 
-@pytest.mark.parametrize("num_members", [0, 2])
-def test_a_saved_folder_predicts_the_same_without_the_package_and_saved_again(tmp_path, num_members):
-    members = [fine_tuned(target_transforms=["log10", "none"]) for _ in range(max(1, num_members))]
-    model = MoleBlendEnsembleForSequenceClassification.from_members(members) if num_members else members[0]
+@pytest.mark.parametrize("kind", ["molecules", "ensemble", "atoms"])
+def test_a_saved_folder_predicts_the_same_without_the_package_and_saved_again(tmp_path, kind):
+    model_class = MoleBlendForTokenClassification if kind == "atoms" else MoleBlendForSequenceClassification
+    members = [fine_tuned(model_class, target_transforms=["log10", "none"]) for _ in range(2)]
+    model = MoleBlendEnsembleForSequenceClassification.from_members(members) if kind == "ensemble" else members[0]
     folder, again = str(tmp_path / "saved"), str(tmp_path / "again")
     of(model, max_atoms=77).save_pretrained(folder)
     with torch.no_grad():
-        expected = model(**MoleBlendProcessor()(SMILES)).logits.double().numpy()
+        batch = MoleBlendProcessor()(SMILES)
+        expected = list(model(**batch).logits.double().numpy())
+    if kind == "atoms":
+        sizes = batch["attention_mask"].sum(1)
+        expected = [logits[:size].T for logits, size in zip(expected, sizes, strict=True)]
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, json.dumps([folder, again, SMILES])],
         capture_output=True,
@@ -157,4 +205,5 @@ def test_a_saved_folder_predicts_the_same_without_the_package_and_saved_again(tm
     )
     assert result.returncode == 0, result.stderr[-3000:]
     for line in result.stdout.splitlines()[-2:]:
-        np.testing.assert_allclose(json.loads(line), expected, atol=1e-6, rtol=1e-6)
+        for found, values in zip(json.loads(line), expected, strict=True):
+            np.testing.assert_allclose(found, values, atol=1e-6, rtol=1e-6)

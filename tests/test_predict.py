@@ -23,10 +23,14 @@ from tiny import SMILES, tiny_config
 import engines
 import predict
 import prediction_parts
+import preprocess
+from data import open_dataset
+from labels import labelled
 from moleblend_hf import (
     MoleBlendEnsembleForSequenceClassification,
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
+    MoleBlendForTokenClassification,
     MoleBlendModel,
     MoleBlendProcessor,
     embed_graphs,
@@ -40,9 +44,9 @@ UNREADABLE = {5: "could not be parsed by RDKit: unclosed ring", 8: "is an empty 
 TARGETS = {"id2label": {0: "gap", 1: "mu"}, "label2id": {"gap": 0, "mu": 1}}
 
 
-def fine_tuned(**changes) -> MoleBlendForSequenceClassification:
+def fine_tuned(model_class=MoleBlendForSequenceClassification, **changes):
     config = tiny_config(**{"problem_type": "regression", "initializer_range": 0.3, **TARGETS, **changes})
-    return MoleBlendForSequenceClassification(config).eval()
+    return model_class(config).eval()
 
 
 def saved(model, folder: Path, **processor) -> Path:
@@ -189,6 +193,99 @@ def test_classes_and_binary_targets_have_sets(here, tmp_path):
     assert row["gap"] + row["mu"] == pytest.approx(1)
     assert row["prediction"] == ("gap" if row["gap"] > row["mu"] else "mu")
     assert row["prediction_set"] == "gap|mu"
+
+
+# Models of atoms
+
+
+def atoms_of(model, molecule, **processor) -> np.ndarray:
+    """What the model predicts for the atoms of a molecule, in the order of the input."""
+    processor = MoleBlendProcessor(**{"modality": "2d", **processor})
+    return predict_graphs(model, processor, [processor.featurize(molecule)]).values
+
+
+def test_a_model_of_atoms_has_a_list_for_each_molecule(here, tmp_path):
+    calibration = {"conformal_coverage": 0.9, "conformal_quantiles": [0.5, None]}
+    model = fine_tuned(MoleBlendForTokenClassification, **calibration)
+    saved(model, tmp_path / "model", modality="2d")
+    source = table_of(tmp_path, MOLECULES)
+    found = run(tmp_path, source)
+    assert found.column_names[2:-2] == ["gap", "gap_lower", "gap_upper", "mu"]
+    for row, smiles in enumerate(MOLECULES):
+        if row in UNREADABLE:
+            assert found["gap"][row].as_py() is found["mu"][row].as_py() is None
+            continue
+        values = np.column_stack([found["gap"][row].as_py(), found["mu"][row].as_py()])
+        np.testing.assert_allclose(values, atoms_of(model, smiles), atol=1e-5)
+        np.testing.assert_allclose(np.subtract(found["gap_upper"][row].as_py(), values[:, 0]), 0.5)
+    assert {row: error for row, error in enumerate(found["error"].to_pylist()) if error} == UNREADABLE
+
+    run(tmp_path, source, output="out.csv")
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for text, values in zip([row["gap"] for row in rows], found["gap"].to_pylist(), strict=True):
+        assert [float(part) for part in text.split(";") if part] == (values or [])
+    assert run(tmp_path, table_of(tmp_path, ["C1"] * 3), "--overwrite")["gap"].null_count == 3
+    assert len(run(tmp_path, table_of(tmp_path, []), "--overwrite")) == 0
+
+
+@pytest.mark.parametrize("hydrogens", ["drop", "keep", "add"])
+def test_values_of_atoms_are_in_the_order_of_the_input(here, tmp_path, hydrogens):
+    """Also where the row's SMILES has another: of an SDF, and with hydrogens that are added."""
+    model = fine_tuned(MoleBlendForTokenClassification)
+    saved(model, tmp_path / "model", modality="2d", hydrogens=hydrogens)
+    molecules = [Chem.MolFromSmiles(smiles) for smiles in ("OCC#N", "C(Cl)C=O")]
+    shuffled = [Chem.RenumberAtoms(mol, [2, 0, 3, 1]) for mol in molecules]
+    (tmp_path / "in.sdf").write_text("".join(Chem.MolToMolBlock(mol) + "$$$$\n" for mol in shuffled))
+    found = run(tmp_path, tmp_path / "in.sdf")
+    for values, mol in zip(found["gap"].to_pylist(), shuffled, strict=True):
+        np.testing.assert_allclose(values, atoms_of(model, mol, hydrogens=hydrogens)[:, 0], atol=1e-5)
+    smiles = ["C(Cl)C=O", "O=CCCl", "[H]OCC"]
+    found = run(tmp_path, table_of(tmp_path, smiles), "--overwrite")
+    for values, text in zip(found["gap"].to_pylist(), smiles, strict=True):
+        np.testing.assert_allclose(values, atoms_of(model, text, hydrogens=hydrogens)[:, 0], atol=1e-5)
+
+
+def test_classes_of_atoms_are_lists_of_text(here, tmp_path):
+    calibration = {"conformal_coverage": 0.9, "conformal_quantiles": [1.0]}
+    classes = {"problem_type": "single_label_classification", **calibration}
+    saved(fine_tuned(MoleBlendForTokenClassification, **classes), tmp_path / "model")
+    row = run(tmp_path, table_of(tmp_path, ["CCO"])).to_pylist()[0]
+    assert row["prediction"] == ["gap" if a > b else "mu" for a, b in zip(row["gap"], row["mu"], strict=True)]
+    assert row["prediction_set"] == ["gap|mu"] * 3
+    run(tmp_path, table_of(tmp_path, ["CCO"]), output="out.csv")
+    assert "gap|mu;gap|mu;gap|mu" in (tmp_path / "out.csv").read_text()
+
+
+def test_an_atom_without_a_finite_prediction_is_an_error_of_its_molecule(here, tmp_path, monkeypatch):
+    saved(fine_tuned(MoleBlendForTokenClassification), tmp_path / "model", modality="2d")
+    forward = MoleBlendForTokenClassification.forward
+
+    def broken(self, **inputs):
+        outputs = forward(self, **inputs)
+        outputs.logits[inputs["attention_mask"].sum(1) == 3, 1] = float("nan")
+        return outputs
+
+    monkeypatch.setattr(MoleBlendForTokenClassification, "forward", broken)
+    found = run(tmp_path, table_of(tmp_path, ["CCO", "CC"]))
+    assert found["error"].to_pylist() == ["got a prediction that is not finite", None]
+    assert found["gap"][0].as_py()[1] is None
+    run(tmp_path, table_of(tmp_path, ["CCO", "CC"]), output="out.csv")
+    assert ";nan;" in (tmp_path / "out.csv").read_text()
+
+
+def test_predictions_for_atoms_can_be_labels(here, tmp_path):
+    """The CSV of a model of atoms is what preprocess.py takes: the same values for the same atoms."""
+    model = fine_tuned(MoleBlendForTokenClassification)
+    saved(model, tmp_path / "model", modality="2d")
+    run(tmp_path, table_of(tmp_path, ["[H]OC", "C(Cl)C=O", "OC(C)N"]), output="out.csv")
+    flags = ["--atom_targets", "gap,mu", "--modality", "2d", "--smiles_column", "smiles"]
+    preprocess.main(
+        ["--source", "csv", "--input", str(tmp_path / "out.csv"), "--output", str(tmp_path / "data"), *flags]
+    )
+    data = labelled(open_dataset(tmp_path / "data").splits["train"], ["gap", "mu"])
+    for smiles, values in zip(data.smiles, data.of_atoms(), strict=True):
+        np.testing.assert_allclose(values, atoms_of(model, smiles), atol=1e-5)
 
 
 def test_embeddings_are_those_of_the_encoder(here, tmp_path):

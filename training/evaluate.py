@@ -4,6 +4,7 @@ A table        python training/evaluate.py --model FOLDER --input new.csv --smil
 Some targets   ... --targets gap,mu                          (columns named like targets of the model; left out: all of them)
 A dataset      ... --input data/qm9 --split validation       (a folder that preprocess.py wrote, or its name on the Hub)
 Classes        ... --targets phase                           (the column whose cells are the model's classes)
+Atoms          the same, for a model of atoms: a column of lists for each target, as --atom_targets of preprocess.py
 
 The molecules are featurized as the checkpoint's processor says; rows that cannot be read are in OUT/data/rejected.parquet with
 the reason. OUT/metrics.json has every figure, OUT/README.md says what they mean. Nothing is trained or chosen.
@@ -19,14 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 import preprocess
 from data import PreprocessedDataset, is_preprocessed, open_dataset
-from labels import graphs_of, labelled
+from labels import atom_names, graphs_of, labelled
 from metrics import CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
-from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, target_names
+from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
 from reporting import environment
 from settings import as_flags, load_settings, setting
@@ -62,11 +68,9 @@ def parse_args(argv: list[str] | None = None) -> EvaluationSettings:
 
 def load_model(name: str) -> PreTrainedModel:
     """A model with a head that has been trained."""
-    model, loading = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
-    if "MoleBlendForTokenClassification" in (model.config.architectures or []):
-        raise ValueError(
-            f"{name!r} predicts for atoms, which this script does not measure. Give a model of molecules."
-        )
+    of_atoms = predicts_atoms(AutoConfig.from_pretrained(name))
+    auto_class = AutoModelForTokenClassification if of_atoms else AutoModelForSequenceClassification
+    model, loading = auto_class.from_pretrained(name, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{name!r} is not fine-tuned: it gives no weights for {', '.join(missing)}. Train it with training/finetune.py."
@@ -80,7 +84,7 @@ def chosen_targets(settings: EvaluationSettings, model: PreTrainedModel) -> tupl
     if prediction_type(model.config) == CLASSES:
         if settings.targets is None or len(settings.targets) != 1:
             raise ValueError(
-                f"{settings.model!r} predicts which of {', '.join(names)} a molecule is. Name the one column that says so with "
+                f"{settings.model!r} predicts which of {', '.join(names)} {'an atom' if predicts_atoms(model.config) else 'a molecule'} is. Name the one column that says so with "
                 "--targets."
             )
         return settings.targets, list(range(len(names)))
@@ -107,7 +111,7 @@ def prepared(
         "input": name,
         "output": str(Path(settings.output_dir, "data")),
         "smiles_column": settings.smiles_column,
-        "targets": list(targets),
+        "atom_targets" if predicts_atoms(model.config) else "targets": list(targets),
         "num_proc": settings.num_proc,
         **{each: getattr(processor, each) for each in sorted(shared)},
     }
@@ -162,7 +166,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_units(dataset, units)
     part = chosen_part(settings, dataset)
     rows = dataset.splits[part]
-    known = np.flatnonzero(~np.isnan(labelled(rows, targets).labels).all(1))
+    data = labelled(rows, targets)
+    of_atoms = predicts_atoms(config)
+    if of_atoms != (data.num_atoms is not None):
+        kinds = ("atoms", "molecules") if of_atoms else ("molecules", "atoms")
+        raise ValueError(
+            f"{settings.model!r} predicts for {kinds[0]}, but {', '.join(targets)} of {dataset.name!r} are targets of {kinds[1]}. "
+            f"Preprocess them with {'--atom_targets' if of_atoms else '--targets'}."
+        )
+    known = np.flatnonzero(data.known())
     if not len(known):
         raise ValueError(
             f"No molecule in part {part!r} of {dataset.name!r} has a label of {', '.join(targets)}. Name other --targets, or "
@@ -176,7 +188,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         name: None if array is None else array[:, columns]
         for name, array in (("lower", found.lower), ("upper", found.upper), ("prediction_sets", found.prediction_sets))
     }
-    test = SplitPredictions(data.ids, data.smiles, data.labels, found.values[:, columns], **intervals)
+    ids, smiles = data.ids, data.smiles
+    if data.num_atoms is not None:
+        ids, smiles = atom_names(ids, smiles, data.num_atoms)
+    test = SplitPredictions(ids, smiles, data.labels, found.values[:, columns], **intervals)
 
     about = dataset.about["settings"]
     has_parts = len(dataset.splits) > 1

@@ -39,7 +39,7 @@ from batches import Budget, StepBatches
 from calibration import conformal_quantiles
 from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from fingerprints import fingerprint_baseline
-from labels import Labelled, check_labels, graphs_of, labelled
+from labels import Labelled, atom_names, check_labels, graphs_of, labelled
 from metrics import score
 from moleblend_hf import (
     MoleBlendConfig,
@@ -203,18 +203,13 @@ class Data:
 
     def with_labels(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows that have any label."""
-        if self.labelled.num_atoms is None:
-            return rows[~np.isnan(self.labelled.labels[rows]).all(1)]
-        of_molecules = self.labelled.of_atoms()
-        return np.array([row for row in rows if not np.isnan(of_molecules[row]).all()], dtype=int)
+        return rows[self.labelled.known()[rows]]
 
     def predicted(self, rows: np.ndarray, values: np.ndarray, **intervals: np.ndarray | None) -> SplitPredictions:
         """What was predicted for some rows, with their labels, as the report takes it."""
         ids, smiles = ([column[row] for row in rows] for column in (self.labelled.ids, self.labelled.smiles))
         if self.labelled.num_atoms is not None:
-            sizes = self.labelled.num_atoms[rows]
-            ids = [f"{name}:{atom}" for name, size in zip(ids, sizes, strict=True) for atom in range(size)]
-            smiles = [text for text, size in zip(smiles, sizes, strict=True) for _ in range(size)]
+            ids, smiles = atom_names(ids, smiles, self.labelled.num_atoms[rows])
         return SplitPredictions(ids=ids, smiles=smiles, labels=self.labels(rows), values=values, **intervals)
 
 
@@ -257,7 +252,8 @@ class Finetuning:
         )
         if continued:  # the head goes on in the units that it has learned
             values = values | {"target_means": stored.target_means, "target_scales": stored.target_scales}
-        config = MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings})
+        # The architecture that is stored is another one than is made of it here.
+        config = MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings, "architectures": None})
         of_atoms = self.data.labelled.num_atoms is not None
         model_class = MoleBlendForTokenClassification if of_atoms else MoleBlendForSequenceClassification
         set_seed(seed)
@@ -532,11 +528,7 @@ def calibrate(
 
 def save(model: PreTrainedModel, processor: MoleBlendProcessor, folder: Path) -> None:
     """Write a folder that loads with the auto classes and with `pipeline`."""
-    if isinstance(model, MoleBlendForTokenClassification):  # of which there is no pipeline
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    else:
-        MoleBlendPipeline(model=model, feature_extractor=processor, device=model.device).save_pretrained(folder)
+    MoleBlendPipeline(model=model, feature_extractor=processor, device=model.device).save_pretrained(folder)
     write_reference_outputs(model, processor, folder)
 
 

@@ -32,6 +32,12 @@ class Labelled:
     labels: np.ndarray
     num_atoms: np.ndarray | None = None
 
+    def known(self) -> np.ndarray:
+        """(n,) whether a molecule has any label."""
+        if self.num_atoms is None:
+            return ~np.isnan(self.labels).all(1)
+        return np.array([not np.isnan(labels).all() for labels in self.of_atoms()], dtype=bool)
+
     def of_atoms(self) -> list[np.ndarray]:
         """The labels of each molecule's atoms, (num_atoms, T), in the order of its graph."""
         if self.num_atoms is None:
@@ -74,6 +80,12 @@ def labelled(rows: datasets.Dataset, names: Sequence[str]) -> Labelled:
         labels=np.stack(columns, axis=1).astype(np.float64),
         num_atoms=num_atoms,
     )
+
+
+def atom_names(ids: Sequence[str], smiles: Sequence[str], num_atoms: np.ndarray) -> tuple[list[str], list[str]]:
+    """What atoms of molecules are called in a report, in their order: id and index, and the SMILES of the molecule."""
+    names = [f"{name}:{atom}" for name, size in zip(ids, num_atoms, strict=True) for atom in range(size)]
+    return names, [text for text, size in zip(smiles, num_atoms, strict=True) for _ in range(size)]
 
 
 def _values_of_atoms(column: pa.ChunkedArray, num_atoms: np.ndarray) -> np.ndarray:

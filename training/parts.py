@@ -59,6 +59,7 @@ class PartSettings:
     scaffold: str | None = None  # definition of the split that needs it
     molecule_time_limit: float = 60.0  # seconds
     conformer_cache: str | None = None
+    with_atom_order: bool = False  # for each atom of the graph its place among them in the order of the input
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def part_schema(settings: PartSettings) -> pa.Schema:
     extra = [
         pa.field(name, pa.string()) for name in ("split", "scaffold", "missing_coordinates_reason", "unknown_values")
     ]
-    return pa.schema([pa.field("row", pa.int64()), *columns, *extra])
+    order = [pa.field("atom_order", pa.list_(pa.int32()))] if settings.with_atom_order else []
+    return pa.schema([pa.field("row", pa.int64()), *columns, *extra, *order])
 
 
 def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
@@ -212,6 +214,8 @@ def _parse(record: Record, failures: tuple[str, ...], settings: PartSettings) ->
         "missing_coordinates_reason": missing_reason or parsed.missing_coordinates_reason,
         **targets,
     }
+    if settings.with_atom_order:
+        row["atom_order"] = range(parsed.mol.GetNumAtoms()) if order is None else order
     if settings.with_inchikey:
         row["inchikey"] = Chem.MolToInchiKey(parsed.mol) or None
     if settings.scaffold is not None:

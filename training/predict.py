@@ -18,6 +18,9 @@ prediction, prediction_set   of classes: the likeliest, and the conformal predic
 embedding            of the molecule, in place of all these, with --embeddings
 modality             what the model was shown: 2d, 3d or 2d+3d
 error                why there is no prediction; else empty
+
+Of a model of atoms, every column of the model is a list: a value for each atom in the order of the input, hydrogens that are
+dropped left out, those that are added at its end. In CSV the values are joined by semicolons, as preprocess.py reads them.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
@@ -38,7 +42,7 @@ from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
-from moleblend_hf.prediction_moleblend import MAX_PAIRS, MAX_TOKENS
+from moleblend_hf.prediction_moleblend import MAX_PAIRS, MAX_TOKENS, predicts_atoms
 from parts import Part, makes_conformers
 from prediction_parts import PredictionPartSettings, model_columns, output_schema, predict_part
 from reporting import versions
@@ -122,7 +126,8 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
         raise ValueError(
             f"{settings.model} is an ensemble, whose members have no common embedding. Give the checkpoint of one of them."
         )
-    if not settings.embeddings and not any(name.endswith("ForSequenceClassification") for name in heads):
+    of_property = ("ForSequenceClassification", "ForTokenClassification")
+    if not settings.embeddings and not any(name.endswith(of_property) for name in heads):
         raise ValueError(
             f"{settings.model} holds {' and '.join(heads) or 'a model'}, which predicts no properties of molecules. Fine-tune "
             "it with training/finetune.py, or give --embeddings."
@@ -138,6 +143,7 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
     return config, PredictionPartSettings(
         featurization=featurization,
         molecule_time_limit=settings.molecule_time_limit,
+        with_atom_order=predicts_atoms(config) and not settings.embeddings,
         model=settings.model,
         revision=getattr(config, "_commit_hash", None) or settings.revision,
         device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -232,7 +238,8 @@ def write_output(work: Path, num_parts: int, schema: pa.Schema, output: Path) ->
     """Put the parts together, in order, whole or not at all; return how many rows there are and how many have an error."""
     counts: Counter[str] = Counter()
     partial = work / "output.partial"
-    writer: Any = WRITERS[output.suffix](partial, schema)
+    as_written = without_lists if output.suffix == ".csv" else pa.Table.combine_chunks
+    writer: Any = WRITERS[output.suffix](partial, as_written(schema.empty_table()).schema)
     tables: list[pa.Table] = []
     with writer:
         for index in range(num_parts):
@@ -241,10 +248,21 @@ def write_output(work: Path, num_parts: int, schema: pa.Schema, output: Path) ->
             counts["errors"] += len(table) - table["error"].null_count
             tables.append(table)
             if sum(map(len, tables)) >= ROWS_A_WRITE or index == num_parts - 1:
-                writer.write_table(pa.concat_tables(tables).combine_chunks())
+                writer.write_table(as_written(pa.concat_tables(tables).combine_chunks()))
                 tables = []
     partial.replace(output)
     return counts
+
+
+def without_lists(table: pa.Table) -> pa.Table:
+    """Lists as text, which CSV takes."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            lists = table.column(index).combine_chunks()
+            items = pc.fill_null(lists.values.cast(pa.string()), "nan")
+            texts = pc.binary_join(pa.ListArray.from_arrays(lists.offsets, items, mask=lists.is_null()), ";")
+            table = table.set_column(index, field.name, texts)
+    return table
 
 
 def main(argv: list[str] | None = None) -> Counter[str]:

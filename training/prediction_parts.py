@@ -12,11 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.utils import logging
 
 from moleblend_hf import MoleBlendProcessor, MolecularGraph, Predictions, embed_graphs, predict_graphs
-from moleblend_hf.prediction_moleblend import GraphMemoryError, prediction_type, shown_modality, target_names
+from moleblend_hf.prediction_moleblend import (
+    GraphMemoryError,
+    prediction_type,
+    predicts_atoms,
+    shown_modality,
+    target_names,
+)
 from parts import Part, PartSettings, featurize_part, write_whole
 from rows import GRAPH_COLUMNS, graphs
 
@@ -38,10 +50,10 @@ class PredictionPartSettings(PartSettings):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the output, and how it is read from what the model returned for molecules."""
+    """A column of the output, and how it is read from what the model returned for molecules, or for all of their atoms."""
 
     name: str
-    type: pa.DataType
+    type: pa.DataType  # of a model of atoms, a list
     read: Callable[[Any], Any]
 
 
@@ -58,7 +70,8 @@ def predict_part(part: Part, settings: PredictionPartSettings) -> tuple[int, int
     smiles = [record.smiles for record in part.records]
     for rejected in pq.read_table(part.path("rejected"), columns=["row", "reason"]).to_pylist():
         errors[position[rejected["row"]]] = rejected["reason"]
-    rows = pq.read_table(part.path("rows"), columns=["row", "smiles", *GRAPH_COLUMNS])
+    atom_order = ["atom_order"] if settings.with_atom_order else []
+    rows = pq.read_table(part.path("rows"), columns=["row", "smiles", *GRAPH_COLUMNS, *atom_order])
     kept: dict[int, MolecularGraph] = {}
     found_graphs = graphs(rows) if len(rows) else []
     for row, text, graph in zip(rows["row"].to_pylist(), rows["smiles"].to_pylist(), found_graphs, strict=True):
@@ -75,12 +88,17 @@ def predict_part(part: Part, settings: PredictionPartSettings) -> tuple[int, int
             errors[index] = error.reason
             del kept[index]
     if isinstance(found, Predictions):
-        for index in np.array(list(kept))[~np.isfinite(found.values).all(1)]:
+        owners = np.array(list(kept)).repeat(1 if found.num_atoms is None else found.num_atoms)
+        for index in owners[~np.isfinite(found.values).all(1)]:
             errors[index] = "got a prediction that is not finite"
     for index, graph in kept.items():
         modalities[index] = shown_modality(graph, processor.modality)
     columns = model_columns(config, settings)
-    arrays = [pa.array(column.read(found) if kept else [], column.type, from_pandas=True) for column in columns]
+    if kept and settings.with_atom_order:
+        orders = dict(zip(map(position.get, rows["row"].to_pylist()), rows["atom_order"].to_pylist(), strict=True))
+        arrays = atom_lists(found, columns, [np.array(orders[index]) for index in kept])
+    else:
+        arrays = [pa.array(column.read(found) if kept else [], column.type, from_pandas=True) for column in columns]
     # Rows without a prediction are null.
     order: list[int | None] = [None] * len(position)
     for place, index in enumerate(kept):
@@ -93,6 +111,20 @@ def predict_part(part: Part, settings: PredictionPartSettings) -> tuple[int, int
     for kind in ("rows", "rejected"):
         part.path(kind).unlink(missing_ok=True)  # unless a process of a killed run was still at it
     return len(kept), len(position) - len(kept)
+
+
+def atom_lists(found: Predictions, columns: list[Column], orders: list[np.ndarray]) -> list[pa.Array]:
+    """A list for each molecule, in the order of the input: `orders` tell each atom's place there."""
+    offsets = np.cumsum([0, *map(len, orders)])
+    # argsort inverts a permutation.
+    places = np.concatenate([start + order.argsort() for start, order in zip(offsets[:-1], orders, strict=True)])
+    return [
+        pa.ListArray.from_arrays(
+            offsets.astype(np.int32),
+            pa.array(column.read(found), column.type.value_type, from_pandas=True).take(pa.array(places)),
+        )
+        for column in columns
+    ]
 
 
 def output_schema(columns: list[Column]) -> pa.Schema:
@@ -110,6 +142,9 @@ def model_columns(config: Any, settings: PredictionPartSettings) -> list[Column]
     problem_type, names = prediction_type(config), target_names(config)
     is_regression, is_classes = problem_type == "regression", problem_type == "single_label_classification"
     quantiles = config.conformal_quantiles or [None] * len(names)
+    number, text = pa.float64(), pa.string()
+    if settings.with_atom_order:
+        number, text = pa.list_(number), pa.list_(text)
     found = []
     for index, name in enumerate(names):
         attributes = ["values"]
@@ -118,13 +153,13 @@ def model_columns(config: Any, settings: PredictionPartSettings) -> list[Column]
         attributes += ["lower", "upper"] if is_regression and quantiles[index] is not None else []
         for attribute in attributes:
             column = name if attribute == "values" else f"{name}_{attribute}"
-            found.append(Column(column, pa.float64(), partial(_numbers, attribute, index)))
+            found.append(Column(column, number, partial(_numbers, attribute, index)))
         if problem_type == "multi_label_classification" and quantiles[index] is not None:
-            found.append(Column(f"{name}_set", pa.string(), partial(_binary_sets, index)))
+            found.append(Column(f"{name}_set", text, partial(_binary_sets, index)))
     if is_classes:
-        found.append(Column("prediction", pa.string(), partial(_likeliest, names)))
+        found.append(Column("prediction", text, partial(_likeliest, names)))
         if quantiles[0] is not None:
-            found.append(Column("prediction_set", pa.string(), partial(_class_sets, names)))
+            found.append(Column("prediction_set", text, partial(_class_sets, names)))
     return found
 
 
@@ -160,6 +195,8 @@ def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProces
     processor = AutoFeatureExtractor.from_pretrained(
         settings.model, revision=settings.revision, **asdict(settings.featurization)
     )
-    auto_class = AutoModel if settings.embeddings else AutoModelForSequenceClassification
-    model = auto_class.from_pretrained(settings.model, revision=settings.revision)
+    of_property = AutoModelForTokenClassification if predicts_atoms(config) else AutoModelForSequenceClassification
+    model = (AutoModel if settings.embeddings else of_property).from_pretrained(
+        settings.model, revision=settings.revision
+    )
     return config, processor, model.to(settings.device).eval()

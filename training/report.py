@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from data import PreprocessedDataset
 from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
+from moleblend_hf.prediction_moleblend import predicts_atoms
 from reporting import CARDS, render
 from result_plots import MAX_PANELS, plot_coverage, plot_parity, plot_reliability, plot_roc
 from splits import SPLITS, split_hash
@@ -339,7 +340,7 @@ def card(
     """The text of README.md."""
     found = _reported(experiment, results)
     num_labels = [figures["num"] for figures in found["targets"].values()]
-    of_atoms = any("TokenClassification" in name for name in config.architectures or [])
+    of_atoms = predicts_atoms(config)
     base_model = experiment.base_model
     if base_model is not None and Path(base_model).exists():  # nobody else has this path
         base_model = Path(base_model).resolve().name
@@ -359,7 +360,7 @@ def card(
             experiment.class_names or list(map(_with_unit, *zip(*results["targets"].items(), strict=True)))
         ),
         examples=examples[len(examples) // 4 :][:NUM_EXAMPLES],  # neither the smallest nor the large ones
-        plain_words=list(plain_words(experiment, results)),
+        plain_words=list(plain_words(experiment, results, of_atoms)),
         models_table=_models_table(experiment, results),
         targets_table=_targets_table(experiment, results),
         num_targets_left_out=max(0, len(experiment.target_names) - MAX_TARGETS_IN_CARD),
@@ -375,21 +376,22 @@ def card(
     )
 
 
-def plain_words(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:
+def plain_words(experiment: Experiment, results: Mapping[str, Any], of_atoms: bool = False) -> Iterator[str]:
     """What the figures of the folder's weights mean, for a reader who does not know the metrics."""
     found, test = _reported(experiment, results), experiment.reported_run.test
     mean = found["mean"]
+    one, article = ("atom", "an") if of_atoms else ("molecule", "a")
     if experiment.problem_type == REGRESSION:
         for column, (name, unit) in itertools.islice(enumerate(results["targets"].items()), MAX_PANELS):
             figures, unit = found["targets"][name], f" {unit}" if unit else ""
             if figures["mae"] is None:
-                yield f"{name}: nothing could be measured, no molecule of the test part has a label."
+                yield f"{name}: nothing could be measured, no {one} of the test part has a label."
                 continue
             labels = test.labels[:, column]
             of_median = float(np.nanmean(np.abs(labels - np.nanmedian(labels))))
             yield (
                 f"{name}: on the {figures['num']:,} labels of the test part the model is off by {_one(figures['mae'], 'mae')}"
-                f"{unit} on average. Whoever named their median for every molecule would be off by {_one(of_median, 'mae')}{unit}."
+                f"{unit} on average. Whoever named their median for every {one} would be off by {_one(of_median, 'mae')}{unit}."
             )
         return
     if experiment.problem_type == BINARY:
@@ -400,9 +402,9 @@ def plain_words(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[
         shares = [np.bincount(labels).max() / len(labels)] if len(labels) else []
     if mean["roc_auc"] is not None:
         if experiment.problem_type == BINARY:
-            what = "one molecule of each class, the model gives the one of class 1 the higher probability"
+            what = f"one {one} of each class, the model gives the one of class 1 the higher probability"
         else:
-            what = "a molecule of a class and one of another, the model gives the first the higher probability of its class"
+            what = f"{article} {one} of a class and one of another, the model gives the first the higher probability of its class"
         yield f"Given {what} in {mean['roc_auc']:.0%} of the cases{_over_targets(experiment, mean, 'roc_auc')}. Guessing: 50%."
     if mean["accuracy"] is not None:
         yield (
