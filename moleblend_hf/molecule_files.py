@@ -1,0 +1,263 @@
+# Copyright 2026 The moleblend_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files of molecules, read and written a row at a time: SMILES, CSV, TSV and SDF in; CSV and Parquet out."""
+
+import csv
+import gzip
+import io
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
+
+import numpy as np
+from rdkit import Chem, rdBase
+
+from .molecules_moleblend import MoleculeError, parse_sdf_record, sdf_records
+
+STANDARD_STREAM = "-"
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+FORMATS = ("smi", *DELIMITERS, "sdf")
+ENDINGS = {".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv", ".sdf": "sdf", ".mol": "sdf"}
+ROWS_A_WRITE = 10_000  # of Parquet, in memory at once
+
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 20))
+
+
+class MoleculeRow(NamedTuple):
+    """A molecule of a file: its id or row number, its SMILES (of an SDF record: RDKit's), and what the processor takes."""
+
+    id: str
+    smiles: str | None
+    molecule: Any
+
+
+class RowWriter(Protocol):
+    """Takes rows by the names of their columns."""
+
+    def __call__(self, row: Mapping[str, Any]) -> None: ...
+
+
+# Reading
+
+
+def read_molecules(
+    path: str, format: str | None = None, smiles_column: str | None = None, id_column: str | None = None
+) -> Iterator[MoleculeRow]:
+    """Yields the molecules of a file in its order, also those that cannot be read: as a `MoleculeError`.
+
+    Args:
+        path: of a file, plain or gzipped, or "-" for standard input.
+        format: one of `FORMATS`; left out: by the ending of the name, SMILES on standard input.
+        smiles_column: of csv and tsv; left out: the one whose name says so.
+        id_column: of csv and tsv, or a data field of an SDF; left out: titles, or row numbers from 0.
+    """
+    format = format or _format_of(path)
+    if format not in FORMATS:
+        raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(FORMATS)}.")
+    if format not in DELIMITERS and smiles_column is not None:
+        raise ValueError(f"A file of the format {format!r} has no column {smiles_column!r}. Leave its name out.")
+    with _opened(path) as lines:
+        if format == "smi":
+            yield from _read_smiles(lines)
+        elif format == "sdf":
+            yield from _read_sdf(lines, id_column)
+        else:
+            yield from _read_table(lines, DELIMITERS[format], smiles_column, id_column)
+
+
+def _format_of(path: str) -> str:
+    if path == STANDARD_STREAM:
+        return "smi"
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(
+            f"{path!r} does not end in {', '.join(ENDINGS)} or one of these and .gz. Say what it is with --format."
+        )
+    return ENDINGS[ending]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    if path == STANDARD_STREAM:
+        yield sys.stdin
+        return
+    with ExitStack() as stack:
+        raw = stack.enter_context(Path(path).open("rb"))
+        is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
+        file: Any = stack.enter_context(gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+        # What is not text cannot be parsed either, and is an error of its row.
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline=""))
+
+
+def _read_smiles(lines: Iterable[str]) -> Iterator[MoleculeRow]:
+    row = 0
+    for line in lines:
+        smiles, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
+        if not smiles or (row == 0 and smiles.lower() == "smiles"):
+            continue
+        if name.startswith("|"):  # a CXSMILES extension belongs to the SMILES although there is a space before it
+            extension, bar, name = name[1:].partition("|")
+            smiles = f"{smiles} |{extension}{bar}"
+        yield MoleculeRow(name.strip() or str(row), smiles, smiles)
+        row += 1
+
+
+def _read_table(
+    lines: Iterable[str], delimiter: str, smiles_column: str | None, id_column: str | None
+) -> Iterator[MoleculeRow]:
+    # Strict, or else a quote that is never closed swallows the rows after it without a word.
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(rows, [])]
+    smiles_at = _position(smiles_column or _guess_smiles(header), header)
+    id_at = None if id_column is None else _position(id_column, header)
+    row = 0
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield MoleculeRow(str(row), None, MoleculeError(f"cannot be read: {error}", "csv", "Fix its quotes"))
+            row += 1
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            reason = f"is in a row with {len(cells)} cells under {len(header)} columns"
+            yield MoleculeRow(str(row), None, MoleculeError(reason, "csv", "Fix the row"))
+        else:
+            smiles = cells[smiles_at].strip()
+            yield MoleculeRow(str(row) if id_at is None else cells[id_at], smiles, smiles)
+        row += 1
+
+
+def _position(name: str, header: list[str]) -> int:
+    if name not in header:
+        raise ValueError(f"There is no column {name!r}. The columns: {', '.join(map(repr, header)) or 'none'}.")
+    return header.index(name)
+
+
+def _guess_smiles(header: list[str]) -> str:
+    like = [name for name in header if "smiles" in name.lower()]
+    exact = [name for name in like if name.lower() == "smiles"]
+    if len(exact or like) != 1:
+        raise ValueError(
+            f"No column can be told to hold the SMILES. Name it with --smiles-column. The columns: "
+            f"{', '.join(map(repr, header)) or 'none'}."
+        )
+    return (exact or like)[0]
+
+
+def _read_sdf(lines: Iterable[str], id_column: str | None) -> Iterator[MoleculeRow]:
+    for row, record in enumerate(sdf_records(line.replace("\r\n", "\n") for line in lines)):
+        if isinstance(record, MoleculeError):
+            yield MoleculeRow(str(row), None, record)
+            continue
+        title = record.partition("\n")[0].strip()
+        with rdBase.BlockLogs():
+            molecule = parse_sdf_record(record)
+        if isinstance(molecule, MoleculeError):
+            yield MoleculeRow(title or str(row), None, molecule)
+            continue
+        identifier = title
+        if id_column is not None:
+            identifier = molecule.GetProp(id_column) if molecule.HasProp(id_column) else ""
+        yield MoleculeRow(identifier or str(row), Chem.MolToSmiles(Chem.RemoveHs(molecule)), molecule)
+
+
+# Writing
+
+
+@contextmanager
+def row_writer(path: str, columns: Mapping[str, str], overwrite: bool = False) -> Iterator[RowWriter]:
+    """Gives a function that writes a row. The file gets its name when all of them are written, or never.
+
+    Args:
+        path: ends in .csv or .parquet, or is "-": CSV on standard output.
+        columns: the kind of each column: "text", "number" or "vector" (of float32), or "[...]" for a list of such. In CSV a
+            list is written with ; between its values, and a list of vectors is refused.
+        overwrite: whether to replace a file that is there.
+    """
+    if path == STANDARD_STREAM:
+        with _csv_writer(sys.stdout, columns) as write:
+            yield write
+        return
+    target = Path(path)
+    if target.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"The output {path!r} does not end in .csv or .parquet. Name such a file, or - for CSV.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Choose another --output, or replace it with --overwrite.")
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        if target.suffix == ".csv":
+            with partial.open("w", encoding="utf-8", newline="") as file, _csv_writer(file, columns) as write:
+                yield write
+        else:
+            with _parquet_writer(partial, columns) as write:
+                yield write
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _csv_writer(file: TextIO, columns: Mapping[str, str]) -> Iterator[RowWriter]:
+    if "[vector]" in columns.values():
+        raise ValueError("A list of vectors does not fit into CSV. Name an --output that ends in .parquet.")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+
+    def write(row: Mapping[str, Any]) -> None:
+        writer.writerow([_cell(row.get(name)) for name in columns])
+
+    yield write
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | np.ndarray):
+        return ";".join("" if part is None else str(part) for part in value)
+    return value
+
+
+@contextmanager
+def _parquet_writer(path: Path, columns: Mapping[str, str]) -> Iterator[RowWriter]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
+    types: dict[str, pa.DataType] = {"text": pa.string(), "number": pa.float64(), "vector": pa.list_(pa.float32())}
+    types |= {f"[{kind}]": pa.list_(type) for kind, type in types.items()}
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+    rows: list[dict[str, Any]] = []
+
+    def write(row: Mapping[str, Any]) -> None:
+        cells: dict[str, Any] = {name: row.get(name) for name in columns}
+        # Arrow takes vectors of NumPy, but no matrices.
+        rows.append({name: list(cell) if np.ndim(cell) > 1 else cell for name, cell in cells.items()})
+        if len(rows) == ROWS_A_WRITE:
+            flush()
+
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+        rows.clear()
+
+    with pq.ParquetWriter(path, schema) as writer:
+        yield write
+        flush()
+
+
+__all__ = ["FORMATS", "MoleculeRow", "read_molecules", "row_writer"]
