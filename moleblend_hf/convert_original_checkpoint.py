@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -170,9 +171,25 @@ def convert_state(tensors: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, di
         tensors: the original's parameters under their original names.
 
     Raises:
-        ValueError: if a key is missing or not known.
+        ValueError: if a key is missing or not known, or if the tensors do not fit together.
     """
-    state = _OriginalState(tensors)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{name!r} of the checkpoint is of type {kind}, but weights are floating-point tensors. Pass the state dict "
+                "of one model."
+            )
+    try:
+        return _converted(_OriginalState(tensors))
+    except (IndexError, RuntimeError, StrictDataclassError) as error:  # what PyTorch and the config say about shapes
+        raise ValueError(
+            f"The tensors of the checkpoint do not fit together as those of MoleBLEND or Transformer-M: {error} Pass an "
+            "unchanged checkpoint of one of them."
+        ) from error
+
+
+def _converted(state: _OriginalState) -> tuple[PreTrainedModel, dict[str, str]]:
     edge_head = ENCODER + "blend_edge_pred_head.linear_map_feature.weight"
     has_pretraining_heads = edge_head in state
     has_property_head = "encoder.proj_out.out_proj.weight" in state
@@ -180,7 +197,9 @@ def convert_state(tensors: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, di
     def shape(name: str) -> tuple[int, ...]:
         return tuple(state.tensors[name].shape) if name in state else tuple(state.take(name).shape)
 
-    layers = {int(match[1]) for name in tensors if (match := re.match(re.escape(ENCODER) + r"layers\.(\d+)\.", name))}
+    layers = {
+        int(match[1]) for name in state.tensors if (match := re.match(re.escape(ENCODER) + r"layers\.(\d+)\.", name))
+    }
     hidden_size = shape(ENCODER + "emb_layer_norm.weight")[0]
     num_distances, num_heads = shape(ENCODER + "molecule_attn_bias.spatial_pos_encoder.weight")
     sizes: dict[str, Any] = {

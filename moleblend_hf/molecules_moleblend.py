@@ -239,7 +239,10 @@ def _mol_from_smiles(smiles: str, remove_hydrogens: bool = True) -> "Chem.Mol":
         params = Chem.SmilesParserParams()
         params.removeHs = False
         parse = partial(_call_with, Chem.MolFromSmiles, params)
-    mol = parse(smiles)
+    try:
+        mol = parse(smiles)
+    except UnicodeEncodeError as error:
+        raise MoleculeError("has characters that are no text: lone surrogates", "parse", "Fix it") from error
     if mol is None:
         reason = _captured_reason(parse, smiles)
         raise MoleculeError(f"could not be parsed by RDKit: {reason}", "parse", "Fix it")
@@ -256,8 +259,12 @@ def _captured_reason(function: Any, *arguments: Any) -> str:
         return "see RDKit's log"
     with rdBase.CaptureErrorLog() as capture:
         function(*arguments)
+    try:
+        messages = capture.messages
+    except UnicodeDecodeError:  # RDKit cuts the input where it quotes it, at times within a character
+        return "it has characters of no SMILES"
     # The input itself is named elsewhere.
-    return re.sub(r"( while parsing| for input): .*$", "", _telling_line(capture.messages))
+    return re.sub(r"( while parsing| for input): .*$", "", _telling_line(messages))
 
 
 def first_line(error: Exception) -> str:

@@ -56,6 +56,28 @@ def test_transformer_m_gives_the_encoder(pretraining_state):
     assert set(dropped) - set(DROPPED) == {name for name in state if name.startswith(ENCODER + "atom_proc.")}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: None, r"head.bias' of the checkpoint is of type NoneType, but weights are floating-point"),
+        (torch.Tensor.int, r"head.bias' of the checkpoint is of type torch\.int32, but weights are"),
+        (lambda tensor: tensor[:-1], r"tensors of the checkpoint do not fit together .*size mismatch"),
+    ],
+)
+def test_tensors_that_are_changed_are_an_error(pretraining_state, change, message):
+    name = ENCODER + "blend_spd_pred_head.transform_n2_head.row_head.bias"
+    pretraining_state[name] = change(pretraining_state[name])
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        convert_state(pretraining_state)
+
+
+def test_a_state_whose_sizes_make_no_model_is_an_error(pretraining_state):
+    name = ENCODER + "molecule_attn_bias.spatial_pos_encoder.weight"
+    pretraining_state[name] = pretraining_state[name][:, :3]
+    with pytest.raises(ValueError, match=r"(?s)do not fit together .*is not a multiple of `num_attention_heads`"):
+        convert_state(pretraining_state)
+
+
 def test_an_unknown_key_is_an_error_that_names_it(pretraining_state):
     pretraining_state[ENCODER + "layers.0.self_attn_sandwich_layer_norm.weight"] = torch.ones(32)
     with pytest.raises(ValueError, match=r"self_attn_sandwich_layer_norm.*another model or variant"):

@@ -444,6 +444,11 @@ def test_atoms_without_bonds_are_3d_only_or_get_bonds():
     ("molecule", "message"),
     [
         ("C1CC", r"^Molecule 'C1CC' could not be parsed by RDKit: unclosed ring. Fix it.$"),
+        ("C\ud800", r"^Molecule 'C\\ud800' has characters that are no text: lone surrogates. Fix it.$"),
+        (
+            "3è\U000e6a64`𗔯Ê\U0006c2ffANÂ$\x0eÞð·Þ\U0004ab12t(\U000e863e",
+            r"by RDKit: it has characters of no SMILES. Fix it.$",
+        ),
         ("C(C)(C)(C)(C)C", "Explicit valence for atom # 0 C, 5, is greater than permitted"),
         ("", "is an empty SMILES"),
         ("  ", "is an empty SMILES"),
