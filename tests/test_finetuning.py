@@ -17,6 +17,7 @@ from tiny import tiny_config
 from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments, pipeline
 
 import finetune
+import push_to_hub
 from calibration import conformal_quantile, conformal_quantiles
 from moleblend_hf import (
     MoleBlendForPreTraining,
@@ -95,6 +96,8 @@ def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table
     for name in ("MoleBLEND, ensemble", "MoleBLEND from scratch", "MoleBLEND"):
         assert name in text
     assert ModelCard.load(output / "README.md").data.library_name == "transformers"
+    # A folder to push, once the paths of this test are out of it.
+    assert all("absolute path" in problem for problem in push_to_hub.problems(output))
     # The test rows, predicted anew, have the error of the report.
     rows = load_dataset("parquet", data_files=str(output / "data" / "data" / "test-*.parquet"), split="train")
     graphs = processor.featurize_many(list(rows["smiles"]))

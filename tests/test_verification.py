@@ -100,6 +100,15 @@ def test_it_holds_for_each_kind_of_processor(modality, hydrogens, tmp_path):
     assert report.ok, report
 
 
+def test_weights_in_several_files_are_looked_at_in_all(tmp_path):
+    model, processor = fine_tuned(), MoleBlendProcessor()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    processor.save_pretrained(tmp_path)
+    write_reference_outputs(model, processor, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert verify(tmp_path).ok
+
+
 def test_half_precision_is_told_apart_but_rounding_is_not(tmp_path):
     folder = saved(fine_tuned().to(torch.bfloat16), tmp_path / "half")
     assert verify(folder).ok

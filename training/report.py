@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig
 from data import PreprocessedDataset
 from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
 from moleblend_hf.prediction_moleblend import predicts_atoms
-from reporting import CARDS, render
+from reporting import CARDS, dataset_id, render
 from result_plots import MAX_PANELS, plot_coverage, plot_parity, plot_reliability, plot_roc
 from splits import SPLITS, split_hash
 
@@ -532,13 +531,14 @@ def _metadata(experiment: Experiment, results: Mapping[str, Any], base_model: st
         license="apache-2.0",
         pipeline_tag="graph-ml",
         tags=["chemistry", "molecules", "moleblend", "molecular-property-prediction"],
+        datasets=[dataset_id(experiment.dataset.name)],
         base_model=base_model if experiment.base_model == base_model and (base_model or "").count("/") == 1 else None,
         model_name=f"MoleBLEND on {experiment.dataset.name}",
         eval_results=[
             EvalResult(
                 task_type="graph-ml",
                 task_name="molecular property prediction",
-                dataset_type=re.sub(r"[^\w.-]+", "-", experiment.dataset.name),
+                dataset_type=dataset_id(experiment.dataset.name),
                 dataset_name=experiment.dataset.name,
                 dataset_split=split.tested,
                 dataset_args=arguments,

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -15,7 +16,7 @@ import jinja2
 import numpy as np
 import torch
 from accelerate import Accelerator
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -150,15 +151,43 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip()
 
 
-def write_card(path: Path, **values: Any) -> None:
-    """Write the model card."""
+def write_card(
+    path: Path, model_name: str, settings: Mapping[str, Any], results: Mapping[str, Any], **values: Any
+) -> None:
+    """Write the model card; the last figures of the held-out molecules are its model-index."""
+    dataset = settings["dataset"]
+    if Path(dataset).exists():  # nobody else has this path
+        dataset = Path(dataset).resolve().name
     metadata = ModelCardData(
         library_name="transformers",
         license="apache-2.0",
         pipeline_tag="graph-ml",
         tags=["chemistry", "molecules", "moleblend", "pretraining"],
+        datasets=[dataset_id(dataset)],
+        model_name=model_name,
+        eval_results=[
+            EvalResult(
+                task_type="graph-ml",
+                task_name="pretraining by blending",
+                dataset_type=dataset_id(dataset),
+                dataset_name=dataset,
+                dataset_split="held out",
+                dataset_args={"split_seed": settings["split_seed"], "molecules": values["num_held_out"]},
+                metric_type=re.sub(r"\W+", "_", title),
+                metric_name=title,
+                metric_value=value,
+            )
+            for title, _, value in results["table"]
+        ]
+        or None,
     )
+    values |= {"model_name": model_name, "settings": settings, "results": results}
     path.write_text(render(CARDS / "template.md.jinja", metadata=metadata.to_yaml(), **values), encoding="utf-8")
+
+
+def dataset_id(name: str) -> str:
+    """The name of a dataset as the metadata of a card may have it."""
+    return re.sub(r"[^\w./-]+", "-", name)
 
 
 def render(template: Path, **values: Any) -> str:
