@@ -272,7 +272,11 @@ def info(
             width = max(map(len, found))
             for name, value in found.items():
                 if isinstance(value, dict):
-                    value = ", ".join(f"{key} {part}" for key, part in value.items()) or "no unit, not calibrated"
+                    parts = (
+                        f"{key} {part:.4g}" if isinstance(part, float) else f"{key} {part}"
+                        for key, part in value.items()
+                    )
+                    value = ", ".join(parts) or "no unit, not calibrated"
                 typer.echo(f"  {name:{width}}  {value}")
         else:
             typer.echo(f"{title}: {f'{found:,}' if isinstance(found, int) else found}")
@@ -345,6 +349,11 @@ def _opened(model: str, revision: str | None, device: str | None, **settings: An
     model_class = _class_of(config, model)
     given = {name: value for name, value in settings.items() if value is not None}
     processor = AutoFeatureExtractor.from_pretrained(model, revision=revision, **given)
+    if processor.max_path_bonds != config.max_path_bonds:
+        raise ValueError(
+            f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
+            f"{config.max_path_bonds}. Save the processor that the model was trained with."
+        )
     loaded, report = model_class.from_pretrained(
         model, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
     )

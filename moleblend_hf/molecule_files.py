@@ -92,6 +92,8 @@ def _format_of(path: str) -> str:
 @contextmanager
 def _opened(path: str) -> Iterator[TextIO]:
     if path == STANDARD_STREAM:
+        if sys.stdin.isatty():
+            print("Reading molecules from the terminal; Ctrl-D ends them.", file=sys.stderr)
         yield sys.stdin
         return
     with ExitStack() as stack:

@@ -267,6 +267,8 @@ def test_checkpoints_that_are_none_are_an_error(models, tmp_path):
     assert "no weights for 1 parts of its MoleBlendForSequenceClassification, the first classifier.out_proj.bias" in (
         error_of("predict", tmp_path / "part", stdin="C")
     )
+    MoleBlendProcessor(max_path_bonds=3).save_pretrained(tmp_path / "part")
+    assert "tells 3 bonds of a path apart, but its model 5" in error_of("predict", tmp_path / "part", stdin="C")
     saved(regression(id2label={0: "error", 1: "b"}, label2id={"error": 0, "b": 1}), tmp_path / "named")
     assert "would have two columns 'error'" in error_of("predict", tmp_path / "named", stdin="C")
 
@@ -287,7 +289,8 @@ def test_wrong_usage_has_code_2(args):
 
 
 @pytest.mark.parametrize("command", ["predict", "embed", "verify", "convert", "card", "info"])
-def test_help_has_examples_on_lines_of_their_own(command):
+def test_help_has_examples_on_lines_of_their_own(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = moleblend(command, "--help")
     assert result.exit_code == 0
     assert f"\n    moleblend {command} " in result.stdout
