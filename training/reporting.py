@@ -178,6 +178,7 @@ def write_card(
                 metric_value=value,
             )
             for title, _, value in results["table"]
+            if "most frequent class" not in title  # which is no figure of the model
         ]
         or None,
     )
