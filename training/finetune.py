@@ -66,7 +66,7 @@ from report import (
     SplitPredictions,
     write_report,
 )
-from reporting import environment
+from reporting import environment, without_places
 from rows import flat_graphs
 from settings import as_flags, load_settings, setting
 from sources import source_of
@@ -477,7 +477,7 @@ def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarra
         raise ImportError("search_trials needs Optuna: pip install optuna, or this package with [search].") from error
 
     def objective(trial: optuna.Trial) -> float:
-        tried = {
+        tried: dict[str, Any] = {
             "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
             "batch_size": trial.suggest_categorical("batch_size", [16, 32, 64, 128]),
             "layer_decay": trial.suggest_float("layer_decay", 0.6, 1.0),
@@ -672,13 +672,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             dataset.about["settings"]["split_seed"],
             dataset.about["settings"]["split_fractions"],
         ),
-        settings=dataclasses.asdict(settings),
-        command=shlex.join(["python", "training/finetune.py", *arguments]),
+        settings=without_places(dataclasses.asdict(settings)),
+        command=shlex.join(["python", "training/finetune.py", *without_places(arguments)]),
         environment=environment(accelerator.device),
         num_parameters=sum(parameter.numel() for parameter in final.parameters()),
         selected_by=SELECTED_BY[task.kind],
         conformal_coverage=settings.coverage,
-        base_model=None if settings.from_scratch == "only" else settings.model,
+        base_model=None if settings.from_scratch == "only" else without_places(settings.model),
         notes=warnings,
     )
     results = write_report(experiment, output_dir, final.config)
