@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from assemble import Assembly
 from moleblend_hf.featurization_moleblend import ATOM_FEATURES
-from reporting import CARDS, render
+from reporting import CARDS, render, without_places
 from sources import Source
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_dataset_card(
         processor=asdict(settings.featurization()),
         atom_features=", ".join(ATOM_FEATURES),
         data_files=data_files,
-        command=shlex.join(["python", "training/preprocess.py", *arguments]),
+        command=shlex.join(["python", "training/preprocess.py", *without_places(arguments)]),
         license=license,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

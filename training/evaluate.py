@@ -34,7 +34,7 @@ from metrics import CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
-from reporting import environment
+from reporting import environment, without_places
 from settings import as_flags, load_settings, setting
 from sources import source_of
 
@@ -212,8 +212,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             about["split_fractions"],
             tested=part if has_parts else "all",
         ),
-        settings=dataclasses.asdict(settings),
-        command=shlex.join(["python", "training/evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
+        settings=without_places(dataclasses.asdict(settings)),
+        command=shlex.join(
+            ["python", "training/evaluate.py", *without_places(sys.argv[1:] if argv is None else argv)]
+        ),
         environment=environment(model.device),
         num_parameters=model.num_parameters(),
         conformal_coverage=config.conformal_coverage,

@@ -40,7 +40,7 @@ from guards import FiniteSteps, StopRequest
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
-from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, write_card
+from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, without_places, write_card
 from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
 
@@ -262,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if argv is None else argv
     facts: dict[str, Any] = {
-        "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *arguments]),
-        "settings": dataclasses.asdict(settings) | dataclasses.asdict(budget),
+        "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *without_places(arguments)]),
+        "settings": without_places(dataclasses.asdict(settings) | dataclasses.asdict(budget)),
         "num_parameters": num_parameters,
         "num_training": len(training_rows),
         "num_held_out": len(held_out_rows),

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import resource
@@ -127,6 +128,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def without_places(value: Any) -> Any:
+    """`value`, also nested, with the absolute paths in it relative to the working directory, or else their last part.
+
+    A card and its files are read elsewhere, where the folders of this machine mean nothing.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        path = Path(value)
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return value
 
 
 def versions(*packages: str) -> dict[str, str | None]:
