@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data import GraphRows, open_dataset
+from data import ROWS_A_BATCH, GraphRows, open_dataset
 from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.graphs_moleblend import FlatGraphs, pair_relations, ragged
 from rows import GRAPH_COLUMNS, flat_graphs
@@ -99,8 +99,10 @@ def flattened(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
 def stored(table: pa.Table, folder: Path, name: str) -> tuple[datasets.Dataset, float, float]:
     """The table as training finds it, and its bytes a molecule: in the Parquet file, and mapped into memory."""
     path = folder / f"{name}.parquet"
-    pq.write_table(table, path, compression="zstd", row_group_size=20_000)
-    rows = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(folder))
+    pq.write_table(table, path, compression="zstd", row_group_size=ROWS_A_BATCH)
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(folder), writer_batch_size=ROWS_A_BATCH
+    )
     return rows.with_format("arrow"), path.stat().st_size / len(table), rows.data.nbytes / len(table)
 
 
@@ -142,21 +144,20 @@ def main(argv: list[str] | None = None) -> None:
 
         training_rows = GraphRows(compact, order)
 
-        def gather(at: int) -> pa.Table:
+        def gather(at: int) -> FlatGraphs:
             return training_rows.__getitems__([list(range(at, at + size))])[0][0]
 
-        first = processor.pad(flat_graphs(gather(0)))
+        first = processor.pad(gather(0))
         second = batch_of_relations(pick(full, 0, True), processor)
         assert all(torch.equal(first[name], second[name]) for name in first), "the two forms differ"
 
-        held = flat_graphs(gather(0))
+        held = gather(0)
         measured: dict[str, Callable[[int], object]] = {
-            "atoms and bonds, random": lambda at: processor.pad(flat_graphs(gather(at))),
+            "atoms and bonds, random": lambda at: processor.pad(gather(at)),
             "atoms and bonds, in sequence": lambda at: processor.pad(flat_graphs(pick(compact, at, False))),
             "relations, random": lambda at: batch_of_relations(pick(full, at, True), processor),
             "relations, in sequence": lambda at: batch_of_relations(pick(full, at, False), processor),
             "gather": gather,
-            "gather, one piece": lambda at: flat_graphs(gather(at)),
             "relations": lambda at: pair_relations(held, processor.max_path_bonds, processor.canonical_atom_order),
         }
         times: dict[str, list[float]] = {name: [] for name in measured}
@@ -175,10 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<32}{1 / median[name]:>12,.0f}{slowest:>10,.0f}{fastest:>10,.0f}{disk:>15.0f}{mapped:>12.0f}")
     whole = median["atoms and bonds, random"]
     parts_of = {
-        "picking the rows, into one piece": median["gather"],
-        "arrays of them": median["gather, one piece"] - median["gather"],
+        "picking the rows": median["gather"],
         "shortest paths and the bonds along them": median["relations"],
-        "padding": whole - median["gather, one piece"] - median["relations"],
+        "padding": whole - median["gather"] - median["relations"],
     }
     print("of the time for atoms and bonds in random order:")
     for name, part in parts_of.items():

@@ -1,5 +1,6 @@
 """training/: what the pretraining script promises, on a few molecules of the sample and a tiny model, on CPU."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -31,6 +32,7 @@ import pretrain
 import push_to_hub
 import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
+from rows import GraphTable, flat_graphs, graph_columns
 
 TRAINING = Path(pretrain.__file__).parent
 SAMPLE = TRAINING / "sample"
@@ -377,14 +379,34 @@ def test_the_parts_of_a_step_are_what_the_processor_makes_of_the_molecules(datas
     assert rows.sizes().tolist() == pc.list_value_length(table["atom_features"]).to_numpy()[40:0:-1].tolist()
 
 
+@pytest.mark.parametrize("rows_a_batch", [1, 7, 48])
+def test_picked_graphs_are_those_of_the_rows_whatever_batches_they_lie_in(rows_a_batch):
+    """Also where a molecule has several conformers, none, or no bond."""
+    molecules = ["CCO", "C", "[Na+].[Cl-]", "c1ccccc1", "CC(C)=O", "O"]
+    conformers = [
+        np.arange(num * size * 3, dtype=np.float32).reshape(num, size, 3) for num, size in ((2, 3), (0, 1), (1, 2))
+    ]
+    graphs = MoleBlendProcessor().featurize_many(molecules)
+    graphs[:3] = [dataclasses.replace(graph, coordinates=xyz) for graph, xyz in zip(graphs, conformers, strict=False)]
+    columns = pa.table(graph_columns(graphs))
+    table = pa.concat_tables([columns.slice(3), *[columns] * 7]).combine_chunks()
+    batches = pa.Table.from_batches(table.to_batches(max_chunksize=rows_a_batch))
+    picked = np.random.default_rng(0).permutation(len(table))[:30]
+    found, expected = GraphTable(batches).take(picked), flat_graphs(table.take(picked))
+    for field in dataclasses.fields(expected):
+        values = getattr(expected, field.name)
+        np.testing.assert_array_equal(getattr(found, field.name), values)
+    assert GraphTable(batches).sizes().tolist() == [graphs[(row + 3) % 6].num_atoms for row in range(len(table))]
+
+
 def test_selected_and_shuffled_rows_have_their_own_sizes_and_keys(dataset):
     opened = data.open_dataset(dataset)
     train = opened.splits["train"]
     opened.splits["train"] = train.select(range(40)).shuffle(seed=0)
     training, held_out = data.training_and_held_out(opened, 8, seed=0)
     for rows in (training, held_out):
-        table, numbers = rows.__getitems__([list(range(len(rows)))])[0]
-        assert rows.sizes().tolist() == pc.list_value_length(table["atom_features"]).to_pylist()
+        graphs, numbers = rows.__getitems__([list(range(len(rows)))])[0]
+        assert rows.sizes().tolist() == graphs.num_atoms.tolist()
         assert max(numbers) < 40
     smiles = opened.splits["train"]["smiles"]
     assert not {smiles[i] for i in training.indices} & {smiles[i] for i in held_out.indices}

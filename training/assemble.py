@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 ABOUT = "preprocessing.json"
 MAX_SPLITS = 20  # given by a source; more are no splits, but another column
-ROWS_A_GROUP = 20_000  # of a Parquet row group: what is read at once when a shard is streamed
+ROWS_A_GROUP = (
+    100_000  # of a Parquet row group, about 8 MB: what is read at once, and lies in one piece when it is mapped
+)
 SPLIT_NAMES = ("train", "validation", "test")
 SPLIT_SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 MISSING_3D = pa.schema([("row", pa.int64()), ("id", pa.string()), ("smiles", pa.string()), ("reason", pa.string())])

@@ -14,10 +14,12 @@ import torch
 from huggingface_hub import snapshot_download
 from torch.utils.data import Dataset
 
-from moleblend_hf import MoleBlendProcessor
-from rows import FORMAT_VERSION, GRAPH_COLUMNS, flat_graphs
+from moleblend_hf import FlatGraphs, MoleBlendProcessor
+from rows import FORMAT_VERSION, GRAPH_COLUMNS, GraphTable
 
 ABOUT = "preprocessing.json"
+
+ROWS_A_BATCH = 100_000  # of the memory map, each of which costs an indexing a step
 
 ROW_SETTINGS = ("hydrogens", "canonical_atom_order")  # of the processor: what the stored graphs depend on
 
@@ -68,7 +70,7 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
     files_of: dict[str, list[str]] = {}
     for file in files:
         files_of.setdefault(file.name.rsplit("-", 3)[0], []).append(str(file))
-    splits = datasets.load_dataset("parquet", data_files=files_of)
+    splits = datasets.load_dataset("parquet", data_files=files_of, writer_batch_size=ROWS_A_BATCH)
     if missing_columns := sorted(set(GRAPH_COLUMNS) - set(next(iter(splits.values())).column_names)):
         raise ValueError(f"The dataset {str(name)!r} has no column {missing_columns[0]!r}. {_REMEDY}")
     return PreprocessedDataset(str(name), splits, about)
@@ -82,7 +84,7 @@ def is_preprocessed(name: str) -> bool:
 _REMEDY = "Make one with training/preprocess.py; training/sample is an example."
 
 
-class GraphRows(Dataset[list[tuple[pa.Table, np.ndarray]]]):
+class GraphRows(Dataset[list[tuple[FlatGraphs, np.ndarray]]]):
     """Some rows of a split as a map-style dataset, whose item is a step: a list of parts."""
 
     def __init__(self, rows: datasets.Dataset, indices: np.ndarray) -> None:
@@ -94,27 +96,19 @@ class GraphRows(Dataset[list[tuple[pa.Table, np.ndarray]]]):
 
     def sizes(self) -> np.ndarray:
         """Atoms of each molecule, (n,) int32; the molecules themselves are not read."""
-        return pc.list_value_length(_column(self.rows, "atom_features")).to_numpy()[self.indices]
+        return self._table.sizes()[self.indices]
 
-    def __getitems__(self, parts: list[list[int]]) -> list[tuple[pa.Table, np.ndarray]]:
-        """The rows at the positions of each part as a table, and their numbers in the split."""
-        numbers = [self.indices[part] for part in parts]
-        table = self._table(np.concatenate(numbers))
-        starts = np.cumsum([0, *map(len, numbers)]).tolist()
-        return [(table.slice(start, len(part)), part) for start, part in zip(starts, numbers, strict=False)]
-
-    def _table(self, numbers: np.ndarray) -> pa.Table:
-        """Rows in one piece: what `self.rows[numbers].combine_chunks()` is, in four fifths of its time."""
-        stops = np.cumsum([len(batch) for batch in self._batches])
-        batch = np.searchsorted(stops, numbers, side="right")
-        places = numbers - np.concatenate([[0], stops])[batch]
-        picked = [self._batches[i].slice(place, 1) for i, place in zip(batch.tolist(), places.tolist(), strict=True)]
-        return pa.Table.from_batches([pa.concat_batches(picked)])
+    def __getitems__(self, parts: list[list[int]]) -> list[tuple[FlatGraphs, np.ndarray]]:
+        """The graphs at the positions of each part, and their numbers in the split."""
+        return [(self._table.take(self.indices[part]), self.indices[part]) for part in parts]
 
     @cached_property
-    def _batches(self) -> list[pa.RecordBatch]:
-        """The rows as they lie in the file, memory-mapped; each process opens it for itself."""
-        return self.rows[:].to_batches()
+    def _table(self) -> GraphTable:
+        return GraphTable(self.rows[:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that reads batches maps the files for itself.
+        return {name: value for name, value in vars(self).items() if name != "_table"}
 
 
 def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -122,9 +116,11 @@ def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
-def collate(parts: list[tuple[pa.Table, np.ndarray]], processor: MoleBlendProcessor) -> list[dict[str, torch.Tensor]]:
+def collate(
+    parts: list[tuple[FlatGraphs, np.ndarray]], processor: MoleBlendProcessor
+) -> list[dict[str, torch.Tensor]]:
     """The parts of a step as padded batches, each with the `rows` of the split that it holds."""
-    return [{**processor.pad(flat_graphs(table)), "rows": torch.from_numpy(rows)} for table, rows in parts]
+    return [{**processor.pad(graphs), "rows": torch.from_numpy(rows)} for graphs, rows in parts]
 
 
 def split_held_out(keys: pa.ChunkedArray, num_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -67,7 +67,6 @@ from report import (
     write_report,
 )
 from reporting import environment, without_places
-from rows import flat_graphs
 from settings import as_flags, load_settings, setting
 from sources import source_of
 from splits import SPLITS
@@ -275,8 +274,7 @@ class Finetuning:
 
     def parts_of_step(self, rows: GraphRows, positions: list[list[int]], seed: int, epoch: int) -> Iterator[dict]:
         """The batches of this process for an optimizer step, each molecule with one of its conformers drawn."""
-        for table, numbers in rows.__getitems__(positions):
-            graphs = flat_graphs(table)
+        for graphs, numbers in rows.__getitems__(positions):
             draws = uniform(torch.from_numpy(molecule_seeds(seed, epoch, numbers)), CONFORMER, torch.zeros(1).long())
             drawn = (draws[:, 0].numpy() * graphs.num_conformers).astype(int)
             batch = dict(self.processor.pad(graphs, conformer_index=drawn))

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from moleblend_hf import FlatGraphs, MolecularGraph
+from moleblend_hf.graphs_moleblend import ragged
 
 GRAPH_COLUMNS = ("atom_features", "bonds", "coordinates")
 FORMAT_VERSION = 1  # raised when columns change their meaning
@@ -70,6 +71,78 @@ def flat_graphs(table: pa.Table) -> FlatGraphs:
         bond_types=bonds[:, 2].astype(np.uint8),
         coordinates=_matrix(conformers.flatten(), 3),
     )
+
+
+class GraphTable:
+    """The graphs of many rows where they lie, in a memory map, from which any of them are picked.
+
+    To pick rows through Arrow costs an object a row; here it costs an indexing a column of each record batch.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        """`table` has the columns `GRAPH_COLUMNS`; nothing of them is copied but where lists begin."""
+        batches = [batch for batch in table.select(GRAPH_COLUMNS).to_batches() if len(batch)]
+        self._stops = np.cumsum([len(batch) for batch in batches])
+        self._atoms = [_vectors_of(batch["atom_features"]) for batch in batches]
+        self._bonds = [_vectors_of(batch["bonds"]) for batch in batches]
+        self._num_conformers = [np.diff(batch["coordinates"].offsets) for batch in batches]
+        self._positions = [_vectors_of(batch["coordinates"]) for batch in batches]
+
+    def sizes(self) -> np.ndarray:
+        """Atoms of each row, (n,) int32."""
+        return np.concatenate([np.diff(starts) for starts, _ in self._atoms])
+
+    def take(self, rows: np.ndarray) -> FlatGraphs:
+        """The graphs of some rows, in their order."""
+        batch = np.searchsorted(self._stops, rows, side="right")
+        places = [(index, np.flatnonzero(batch == index)) for index in np.unique(batch).tolist()]
+        first = np.concatenate([[0], self._stops])
+        picked = [(index, place, rows[place] - first[index]) for index, place in places]
+        num_conformers = np.empty(len(rows), np.int64)
+        for index, place, numbers in picked:
+            num_conformers[place] = self._num_conformers[index][numbers]
+        atom_features, num_atoms = _picked(self._atoms, picked, len(rows))
+        bonds, num_bonds = _picked(self._bonds, picked, len(rows))
+        return FlatGraphs(
+            num_atoms=num_atoms,
+            num_bonds=num_bonds,
+            num_conformers=num_conformers,
+            atom_features=atom_features,
+            bonds=bonds[:, :2],
+            bond_types=bonds[:, 2].astype(np.uint8),
+            coordinates=_picked(self._positions, picked, len(rows))[0],
+        )
+
+
+def _vectors_of(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the vectors of each row start, (n + 1,), and all vectors; a list of lists of vectors counts as one list."""
+    starts, values = column.offsets.to_numpy(), column.values
+    if pa.types.is_list(values.type):
+        starts, values = values.offsets.to_numpy()[starts], values.values
+    return starts, _matrix(values, values.type.list_size)
+
+
+def _picked(
+    columns: list[tuple[np.ndarray, np.ndarray]], picked: list[tuple[int, np.ndarray, np.ndarray]], num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of picked rows, and how many each has.
+
+    Args:
+        columns: of each batch, from `_vectors_of`.
+        picked: batch, places among the picked rows, and numbers of the rows in the batch.
+        num_rows: that are picked.
+    """
+    counts = np.empty(num_rows, np.int64)
+    for index, place, numbers in picked:
+        starts = columns[index][0]
+        counts[place] = starts[numbers + 1] - starts[numbers]
+    begin = np.cumsum(counts) - counts
+    found = np.empty((int(counts.sum()), columns[0][1].shape[1]), columns[0][1].dtype)
+    for index, place, numbers in picked:
+        starts, vectors = columns[index]
+        rows, within = ragged(counts[place])
+        found[begin[place][rows] + within] = vectors[starts[numbers][rows] + within]
+    return found, counts
 
 
 def graphs(table: pa.Table) -> list[MolecularGraph]:
