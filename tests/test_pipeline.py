@@ -165,7 +165,8 @@ def test_it_is_registered_by_its_name():
     predict = pipeline(
         "molecular-property-prediction", model=fine_tuned(), feature_extractor=MoleBlendProcessor(), device="cpu"
     )
-    assert isinstance(predict, MoleBlendPipeline)
+    # By its name: it is the class of a folder's code if one was loaded in this process before.
+    assert type(predict).__name__ == MoleBlendPipeline.__name__
     assert predict("C")["error"] is None
 
 

@@ -33,6 +33,9 @@ def plot_parity(
         axes.scatter(label, value, s=12, alpha=min(1.0, 30 / max(len(label), 1) ** 0.5), linewidths=0)
         if len(label):
             axes.axline((label.mean(), label.mean()), slope=1, color="gray", linewidth=1)
+            low, high = min(label.min(), value.min()), max(label.max(), value.max())
+            margin = 0.05 * (high - low) or 1.0
+            axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
         unit = units[column]
         _label(axes, names[column], *(f"{what} ({unit})" if unit else what for what in ("measured", "predicted")))
     figure.savefig(path, dpi=DOTS_A_INCH)
