@@ -42,7 +42,9 @@ def card_problems(folder: str | Path) -> list[str]:
     if not metadata.get("model-index"):
         problems.append("The metadata has no results (model-index).")
     problems += [f"A place was not filled in: {place!r}." for place in re.findall(r"\{\{.*?\}\}|\{%.*?%\}", card.text)]
-    files = re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", card.text)
+    # Not in code: a SMILES may look like a link, C[C@H](O)C.
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", card.text, flags=re.MULTILINE | re.DOTALL)
+    files = re.findall(r"\]\((?!\w+:|#)([^)\s]+)\)", text)
     return problems + [f"It shows {name}, which is not there." for name in files if not (path.parent / name).is_file()]
 
 

@@ -360,6 +360,10 @@ model-index:
 # A card
 
 ![losses](losses.png) and [the paper](https://arxiv.org/abs/2307.06235)
+
+```python
+batch = processor(["N[C@H](CO)C", "CC[C@@H](C=O)N"])  # no links
+```
 """
 
 

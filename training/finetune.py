@@ -75,6 +75,7 @@ from tasks import PROBLEM_TYPES, Task, transformed_labels
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
 SELECTED_BY = {"regression": "rmse", "classification": "roc_auc", "classes": "accuracy"}
+SHOWN = SELECTED_BY | {"regression": "rmse / spread"}  # of the training labels, so that targets can be added
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -387,7 +388,7 @@ class Finetuning:
                 best = Trained(model, score, epoch, seconds)
                 weights = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
             progress.set_postfix_str(
-                f"validation {SELECTED_BY[self.task.kind]} {abs(score):.4f}, best {abs(best.score):.4f}"
+                f"validation {SHOWN[self.task.kind]} {abs(score):.4f}, best {abs(best.score):.4f}"
             )
             if epoch - best.epochs >= settings.patience:
                 break
@@ -397,7 +398,7 @@ class Finetuning:
         model.load_state_dict(weights)
         accelerator.free_memory(wrapped, optimizer)
         accelerator.print(
-            f"{title}: epoch {best.epochs} of {epoch}, validation {SELECTED_BY[self.task.kind]} {abs(best.score):.4f}, {seconds:.0f} s"
+            f"{title}: epoch {best.epochs} of {epoch}, validation {SHOWN[self.task.kind]} {abs(best.score):.4f}, {seconds:.0f} s"
         )
         return dataclasses.replace(best, seconds=seconds)
 
