@@ -464,6 +464,22 @@ def test_the_content_hash_does_not_depend_on_how_rows_are_cut(done):
 # Interrupts
 
 
+def test_molecules_of_other_datasets_are_left_out_however_they_are_written(tmp_path):
+    (tmp_path / "test").mkdir()
+    tested = run(tmp_path / "test", "smiles\nOCC\nc1ccccc1\n")
+    output = run(tmp_path, "smiles\nCCO\nCCN\nC1=CC=CC=C1\nCCC\n", "--without", str(tested))
+    assert rejected(output) == [
+        (0, "0", "CCO", "excluded", f"is in {tested} (InChIKey)"),
+        (2, "2", "C1=CC=CC=C1", "excluded", f"is in {tested} (InChIKey)"),
+    ]
+    assert [row["smiles"] for row in pq.read_table(output / "data").to_pylist()] == ["CCN", "CCC"]
+    with pytest.raises(ValueError, match="without compares InChIKeys"):
+        run(tmp_path, "smiles\nCCO\n", "--without", str(tested), "--duplicates", "keep")
+    bare = run(tmp_path / "test", "smiles\nOCC\n", "--duplicates", "keep")
+    with pytest.raises(ValueError, match=r"has no InChIKeys\. Preprocess it with --duplicates report or drop"):
+        run(tmp_path, "smiles\nCCO\n", "--without", str(bare))
+
+
 def run_in_process(argv: list[str], kill_in: str | None = None) -> None:
     """`preprocess.main` with small parts, in a process of its own, perhaps one that dies at a call."""
     # The server of forks that the tests have is used, instead of one more that takes seconds to start; but not their lock.

@@ -20,6 +20,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from content_hash import ContentHash
+from data import open_dataset
 from parts import REJECTED, Part, target_schema
 from reporting import versions
 from rows import FORMAT_VERSION
@@ -207,6 +208,12 @@ def _without_doubles(
             (int(row), (stage, f"has the {what} of row {number[first[row]]}")) for row in np.flatnonzero(doubles)
         )
 
+    codes, inchikeys = columns.coded("inchikey") if settings.without else (own, [])
+    for folder in settings.without or ():
+        excluded = _inchikeys_of(folder)
+        found = keep & np.isin(codes, [code for code, inchikey in enumerate(inchikeys) if inchikey in excluded])
+        keep[found] = False
+        reasons.update((int(row), ("excluded", f"is in {folder} (InChIKey)")) for row in np.flatnonzero(found))
     first = _first_with_code(columns.codes("id"), keep)
     if source.id_column is not None and not source.id_guessed:
         drop(first != own, first, "id", "id")
@@ -218,6 +225,14 @@ def _without_doubles(
             drop(first != own, first, "duplicate", "InChIKey")
         assembly.num_repeated_inchikeys = int(((first != own) & keep).sum())
     return keep, reasons
+
+
+def _inchikeys_of(folder: str) -> set[str]:
+    """Of all molecules of a preprocessed dataset."""
+    splits = open_dataset(folder).splits.values()
+    if any("inchikey" not in rows.column_names for rows in splits):
+        raise ValueError(f"The dataset {folder!r} has no InChIKeys. Preprocess it with --duplicates report or drop.")
+    return {inchikey for rows in splits for inchikey in rows["inchikey"] if inchikey is not None}
 
 
 def _splits(settings: "PreprocessingSettings", columns: _Columns, keep: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -269,13 +284,13 @@ def _in_several_splits(inchikeys: np.ndarray, split_of: np.ndarray) -> int:
 def _rejections(
     part: Part, rows: pa.Table, keep: np.ndarray, reasons: dict[int, tuple[str, str]], start: int
 ) -> pa.Table:
-    """What the part rejected, and its rows that are doubles, by row."""
+    """What the part rejected, and its rows that are doubles or excluded, by row."""
     rejected = pq.read_table(part.path("rejected"))
     dropped = np.flatnonzero(~keep)
     if len(dropped):
-        doubles = rows.take(pa.array(dropped))
+        left_out = rows.take(pa.array(dropped))
         stages = [reasons[start + int(row)] for row in dropped]
-        columns = [doubles["row"], doubles["id"], doubles["smiles"], *map(pa.array, zip(*stages, strict=True))]
+        columns = [left_out["row"], left_out["id"], left_out["smiles"], *map(pa.array, zip(*stages, strict=True))]
         rejected = pa.concat_tables([rejected, pa.table(columns, schema=REJECTED)]).sort_by("row")
     return rejected
 

@@ -5,6 +5,7 @@ PCQM4Mv2             python training/preprocess.py --source pcqm4mv2 --input DIR
 MoleculeNet          python training/preprocess.py --source moleculenet --input bbbp.csv --output data/bbbp --split scaffold
 A table of yours     python training/preprocess.py --source csv --input my.csv --output data/my --smiles_column SMILES --targets pIC50
 Values of atoms      ... --source sdf --input my.sdf --atom_targets shift,charge --units shift=ppm
+Not what is tested   ... --without data/bbbp,data/bace    (their molecules, by InChIKey)
 With conformers      ... --modality 2d+3d --num_conformers 4 --conformer_cache conformers.sqlite
 On a Ray cluster     ... --engine ray --num_proc 256, with OUTPUT on a file system that all machines share
 After an interrupt   the same command: parts that are done are kept
@@ -92,6 +93,11 @@ class PreprocessingSettings:
         "rows", "of an InChIKey: drop all but the first, report them in the card, or keep without looking",
         "report", choices=DUPLICATES,
     )  # fmt: skip
+    without: list[str] | None = setting(
+        "rows",
+        "preprocessed datasets A,B whose molecules (InChIKeys) are rejected here, as those a model is tested on",
+        None,
+    )
     split: str | None = setting(
         "rows",
         "definition of the split; left out: that of the source, if it has one",
@@ -118,6 +124,8 @@ class PreprocessingSettings:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.molecule_time_limit <= 0:
             raise ValueError(f"molecule_time_limit must be more than 0 seconds, got {self.molecule_time_limit}.")
+        if self.without and self.duplicates == "keep":
+            raise ValueError("without compares InChIKeys, which duplicates='keep' does not make. Use report or drop.")
 
     def that_shape_the_content(self) -> dict[str, Any]:
         """All settings but those that say where and how fast."""
