@@ -44,9 +44,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from training_step import has_bfloat16
 
-from batches import Budget, cut
+from batches import cut
 from data import GraphRows, collate, open_dataset
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor, modeling_moleblend
+from moleblend_hf.graphs_moleblend import Budget
 from objective import count_targets, drawn, molecule_seeds
 from rows import GRAPH_COLUMNS
 

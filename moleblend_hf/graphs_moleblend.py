@@ -47,6 +47,37 @@ class PairRelations(NamedTuple):
     path_bond_types: np.ndarray
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What one forward may cost: padded tokens (N + 1 for a molecule padded to N atoms), and their squares."""
+
+    max_tokens: int
+    max_pairs: int
+
+    @classmethod
+    def on(cls, device: str, max_tokens: int | None = None, max_pairs: int | None = None) -> "Budget":
+        """Returns what is given, and for what is None what suits that type of device: a CPU is fastest in its cache."""
+        usual = cls(2_048, 32_768) if device == "cpu" else cls(16_384, 400_000)
+        return cls(max_tokens or usual.max_tokens, max_pairs or usual.max_pairs)
+
+    def largest(self) -> int:
+        """Returns the atoms of the largest molecule that fits, alone."""
+        return min(self.max_tokens, int(self.max_pairs**0.5)) - 1
+
+    def cut(self, sizes: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields positions in `sizes` (n,) in parts of like size that fit, the largest first: it is them that may fail.
+
+        A molecule that exceeds the budget is a part of its own.
+        """
+        order = np.argsort(-sizes, kind="stable")
+        start = 0
+        while start < len(order):
+            tokens = int(sizes[order[start]]) + 1
+            stop = start + max(1, min(self.max_tokens // tokens, self.max_pairs // tokens**2))
+            yield order[start:stop]
+            start = stop
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MolecularGraph:
     """A featurized molecule of n atoms, in the atom order of the input.

@@ -18,7 +18,7 @@ Molecules of like size share a batch under a budget of padded tokens and pairs, 
 molecule with several conformers is predicted on each of them; what is returned is the mean.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .graphs_moleblend import MolecularGraph, ragged
+from .graphs_moleblend import Budget, MolecularGraph, ragged
 from .targets_moleblend import problem_type_of, transformed, untransformed
-
-MAX_TOKENS = 16_384  # padded tokens (atoms + 1) of the molecules in one forward
-MAX_PAIRS = 400_000  # padded pairs of tokens in one forward, with which memory grows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +73,7 @@ def predict_graphs(
     model: PreTrainedModel,
     processor: Any,
     graphs: Sequence[MolecularGraph],
-    max_tokens: int = MAX_TOKENS,
-    max_pairs: int = MAX_PAIRS,
+    budget: Budget | None = None,
 ) -> Predictions:
     """
     Returns what a fine-tuned model, or an ensemble, predicts for graphs. See `Predictions`.
@@ -88,8 +84,8 @@ def predict_graphs(
         model (`MoleBlendForSequenceClassification`, `MoleBlendForTokenClassification` or an ensemble): on any device.
         processor (`MoleBlendProcessor`): that of the checkpoint; its `modality` says what the model is shown.
         graphs (`list[MolecularGraph]`): from `processor.featurize_many`.
-        max_tokens (`int`, *optional*): padded tokens (atoms + 1) in one forward; one molecule may exceed it.
-        max_pairs (`int`, *optional*): padded pairs of tokens in one forward; one molecule may exceed it.
+        budget (`Budget`, *optional*): padded tokens and pairs of one forward, which one molecule may exceed; left out, what
+            suits the model's device.
     """
     config = model.config
     problem_type = prediction_type(config)
@@ -105,7 +101,7 @@ def predict_graphs(
         of_atoms = logits.ndim == 4
         return [logits[:, row, : graph.num_atoms] if of_atoms else logits[:, row] for row, graph in enumerate(batch)]
 
-    found = _over_conformers(model, processor, graphs, read, max_tokens, max_pairs)
+    found = _over_conformers(model, processor, graphs, read, budget)
     of_atoms = found[0].ndim == 4  # (conformers, M, atoms, T), of molecules (conformers, M, T)
     joined = np.concatenate if of_atoms else np.stack
     means = joined([each.mean(0) for each in found], axis=1)  # (M, n, T)
@@ -143,8 +139,7 @@ def embed_graphs(
     processor: Any,
     graphs: Sequence[MolecularGraph],
     atoms: bool = False,
-    max_tokens: int = MAX_TOKENS,
-    max_pairs: int = MAX_PAIRS,
+    budget: Budget | None = None,
 ) -> list[np.ndarray]:
     """
     Returns an embedding for each graph: `(hidden_size,)`, the state of the graph token, or with `atoms=True` the states of its
@@ -155,8 +150,7 @@ def embed_graphs(
         processor (`MoleBlendProcessor`): as in `predict_graphs`.
         graphs (`list[MolecularGraph]`): as in `predict_graphs`.
         atoms (`bool`, *optional*, defaults to `False`): whether to return the embeddings of atoms.
-        max_tokens (`int`, *optional*): as in `predict_graphs`.
-        max_pairs (`int`, *optional*): as in `predict_graphs`.
+        budget (`Budget`, *optional*): as in `predict_graphs`.
     """
     if model.config.model_type == "moleblend_ensemble":
         raise ValueError(
@@ -170,7 +164,7 @@ def embed_graphs(
             state[1 : graph.num_atoms + 1] if atoms else state[0] for state, graph in zip(states, batch, strict=True)
         ]
 
-    found = _over_conformers(model.base_model, processor, graphs, read, max_tokens, max_pairs)
+    found = _over_conformers(model.base_model, processor, graphs, read, budget)
     return [states.mean(0) for states in found]
 
 
@@ -213,8 +207,7 @@ def _over_conformers(
     processor: Any,
     graphs: Sequence[MolecularGraph],
     read: Callable[[Any, Sequence[MolecularGraph]], Any],
-    max_tokens: int,
-    max_pairs: int,
+    budget: Budget | None,
 ) -> list[np.ndarray]:
     """Returns for each graph what `read` takes from the outputs for each of its conformers, (conformers, ...)."""
     if len(graphs) == 0:
@@ -229,7 +222,7 @@ def _over_conformers(
     owners, conformers = ragged(np.array(counts))
     sizes = np.array([graph.num_atoms for graph in graphs])[owners]
     found: list[Any] = [None] * len(owners)
-    batches = list(_cut(sizes, max_tokens, max_pairs))[::-1]
+    batches = list((budget or Budget.on(model.device.type)).cut(sizes))[::-1]
     was_training = model.training
     model.eval()
     try:
@@ -260,17 +253,6 @@ def _over_conformers(
         model.train(was_training)
     stops = np.cumsum(counts)
     return [np.stack(found[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
-
-
-def _cut(sizes: np.ndarray, max_tokens: int, max_pairs: int) -> Iterator[np.ndarray]:
-    """Yields positions in `sizes` (n,) in parts of like size that fit the budget, the largest first: it is them that fail."""
-    order = np.argsort(-sizes, kind="stable")
-    start = 0
-    while start < len(order):
-        tokens = int(sizes[order[start]]) + 1
-        stop = start + max(1, min(max_tokens // tokens, max_pairs // tokens**2))
-        yield order[start:stop]
-        start = stop
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -6,8 +6,9 @@ import torch
 from scipy import stats
 from tiny import SMILES, golden_model, without_dropout
 
-from batches import Budget, StepBatches, cost, cut, shared
+from batches import StepBatches, cost, cut, shared
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
+from moleblend_hf.graphs_moleblend import Budget
 from objective import ATOMS, NOISE, PAIRS, count_targets, drawn, molecule_seeds, uniform
 
 BUDGET = Budget(max_tokens=64, max_pairs=600)

@@ -13,6 +13,7 @@ from moleblend_hf import (
     embed_graphs,
     predict_graphs,
 )
+from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.prediction_moleblend import GraphMemoryError
 
 SPREADS = {"initializer_range": 0.3}  # weights large enough that molecules and members differ
@@ -31,18 +32,18 @@ def conformers_of(model, processor, graph) -> np.ndarray:
         return torch.cat([model(**batch).logits for batch in batches]).double().numpy()
 
 
-@pytest.mark.parametrize("budget", [{}, {"max_tokens": 1}, {"max_tokens": 30, "max_pairs": 200}])
+@pytest.mark.parametrize("budget", [None, Budget(1, 400_000), Budget(30, 200)])
 def test_values_are_the_models_own_in_the_order_of_the_input_for_any_budget(budget):
     model, processor = fine_tuned(num_labels=3, target_means=[1, 2, 3], target_scales=[4, 5, 6]), MoleBlendProcessor()
     graphs = processor.featurize_many(SMILES)
     with torch.no_grad():
         expected = model(**processor.pad(graphs)).logits
-    predictions = predict_graphs(model, processor, graphs, **budget)
+    predictions = predict_graphs(model, processor, graphs, budget)
     torch.testing.assert_close(torch.from_numpy(predictions.values).float(), expected, rtol=1e-5, atol=1e-5)
     assert predictions.modalities == ["2d"] * len(graphs)
     assert predictions.ensemble_spread is predictions.conformer_spread is predictions.lower is None
     np.testing.assert_allclose(
-        predict_graphs(model, processor, graphs[::-1], **budget).values[::-1], predictions.values, atol=1e-5
+        predict_graphs(model, processor, graphs[::-1], budget).values[::-1], predictions.values, atol=1e-5
     )
 
 

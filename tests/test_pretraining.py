@@ -264,6 +264,31 @@ def test_a_validation_split_is_what_is_evaluated_on(tmp_path):
     assert (facts["num_training"], facts["num_held_out"]) == (40, 8)
 
 
+def test_several_datasets_are_one_and_no_molecule_of_the_validation_split_is_trained_on(tmp_path):
+    table = pq.read_table(SAMPLE_ROWS)
+    first = write_dataset(tmp_path / "first", train=table.slice(0, 40), validation=table.slice(100, 30))
+    second = write_dataset(tmp_path / "second", train=table.slice(90, 25).append_column("logp", [[1.0] * 25]))
+    folder = run(f"{first},{second}", tmp_path / "run")
+    facts = json.loads((folder / "training_settings.json").read_text())
+    assert (facts["num_training"], facts["num_held_out"]) == (40 + 10, 8)
+    assert ModelCard.load(folder / "README.md").data.datasets == ["first", "second"]
+    training, _ = data.training_and_held_out(data.open_together([str(first), str(second)]), 8, seed=0)
+    assert training.indices.tolist() == list(
+        range(50)
+    )  # of the second, the first ten are not in the first's validation
+
+
+def test_datasets_made_with_other_settings_are_not_put_together(tmp_path, dataset):
+    about = json.loads((SAMPLE / "preprocessing.json").read_text())
+    other = write_dataset(
+        tmp_path / "other",
+        {"processor": about["processor"] | {"hydrogens": "keep"}},
+        train=pq.read_table(SAMPLE_ROWS).slice(0, 10),
+    )
+    with pytest.raises(ValueError, match=r"other' was made with hydrogens='keep', but .* 'drop'"):
+        run(f"{dataset},{other}", tmp_path / "run")
+
+
 def test_the_samples_coordinates_are_in_the_order_of_its_smiles():
     """Heavy atoms that are bonded are 1.1 to 1.8 angstrom apart in QM9, and a hydrogen 1.0 from its atom."""
     table = pq.read_table(SAMPLE_ROWS)

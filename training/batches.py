@@ -7,10 +7,11 @@ the number of processes changes what is learned.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from moleblend_hf.graphs_moleblend import Budget
 
 
 class Sized(Protocol):
@@ -22,40 +23,12 @@ class Sized(Protocol):
         """Atoms of each."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What one forward may cost, in padded tokens (N + 1 for a molecule padded to N atoms) and their squares."""
-
-    max_tokens: int
-    max_pairs: int
-
-    @classmethod
-    def on(cls, device: str, max_tokens: int | None = None, max_pairs: int | None = None) -> "Budget":
-        """What is given, and for what is None what suits that type of device: a CPU is fastest in its cache."""
-        usual = cls(2_048, 32_768) if device == "cpu" else cls(16_384, 400_000)
-        return cls(max_tokens or usual.max_tokens, max_pairs or usual.max_pairs)
-
-    def largest(self) -> int:
-        """Atoms of the largest molecule that fits, alone."""
-        return min(self.max_tokens, int(self.max_pairs**0.5)) - 1
-
-    def molecules(self, num_atoms: int) -> int:
-        """How many molecules padded to `num_atoms` fit."""
-        tokens = num_atoms + 1
-        return max(1, min(self.max_tokens // tokens, self.max_pairs // tokens**2))
-
-
 def cut(sizes: np.ndarray, budget: Budget, multiple_of: int = 1) -> list[np.ndarray]:
     """Positions in `sizes` (n,), cut into parts of like size that fit the budget, the largest molecules first.
 
     Their number is a multiple of `multiple_of`: the costliest part is halved until it is.
     """
-    order = np.argsort(-sizes, kind="stable")
-    parts, start = [], 0
-    while start < len(order):
-        stop = start + budget.molecules(int(sizes[order[start]]))
-        parts.append(order[start:stop])
-        start = stop
+    parts = list(budget.cut(sizes))
     while len(parts) % multiple_of:
         if len(parts) == len(sizes):
             raise ValueError(f"{len(sizes):,} molecules cannot be shared by {multiple_of} processes. Take a multiple.")

@@ -1,6 +1,7 @@
 """A preprocessed dataset -> padded batches."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from rows import FORMAT_VERSION, GRAPH_COLUMNS, GraphTable
 ABOUT = "preprocessing.json"
 
 ROWS_A_BATCH = 100_000  # of the memory map, each of which costs an indexing a step
+
+_MOLECULE = ("inchikey", "smiles")  # what tells molecules apart: of one without InChIKey, its SMILES
 
 ROW_SETTINGS = ("hydrogens", "canonical_atom_order")  # of the processor: what the stored graphs depend on
 
@@ -76,6 +79,24 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
     return PreprocessedDataset(str(name), splits, about)
 
 
+def open_together(names: Sequence[str]) -> PreprocessedDataset:
+    """Several datasets as one: the rows of a split one dataset after the other, without targets."""
+    first, *others = opened = [open_dataset(name) for name in names]
+    for other in others:
+        other.check(first.processor())
+    if not others:
+        return first
+    splits = datasets.DatasetDict()
+    for split in dict.fromkeys(split for dataset in opened for split in dataset.splits):
+        parts = [dataset.splits[split] for dataset in opened if split in dataset.splits]
+        columns = [name for name in _MOLECULE if all(name in part.column_names for part in parts)]
+        splits[split] = datasets.concatenate_datasets(
+            [part.select_columns([*columns, *GRAPH_COLUMNS]) for part in parts]
+        )
+    with_coordinates = sum(dataset.about["num_with_coordinates"] for dataset in opened)
+    return PreprocessedDataset(", ".join(names), splits, first.about | {"num_with_coordinates": with_coordinates})
+
+
 def is_preprocessed(name: str) -> bool:
     """Whether this is a dataset that preprocess.py wrote, or a name on the Hub, and no file of molecules."""
     return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1)
@@ -116,6 +137,11 @@ def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
+def _molecules(rows: datasets.Dataset) -> pa.ChunkedArray:
+    """What tells the molecules of the rows apart."""
+    return pc.coalesce(*(_column(rows, name) for name in _MOLECULE if name in rows.column_names))
+
+
 def collate(
     parts: list[tuple[FlatGraphs, np.ndarray]], processor: MoleBlendProcessor
 ) -> list[dict[str, torch.Tensor]]:
@@ -139,15 +165,16 @@ def split_held_out(keys: pa.ChunkedArray, num_held_out: int, seed: int) -> tuple
 
 
 def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed: int) -> tuple[GraphRows, GraphRows]:
-    """The rows to train on and those to evaluate on: the first of a validation split, or else drawn from "train"."""
+    """The rows to train on and those to evaluate on: drawn from a validation split, or else from "train".
+
+    No molecule of the validation split is trained on, whichever dataset it stands in.
+    """
     train = dataset.splits["train"]
     if "validation" in dataset.splits:
         validation = dataset.splits["validation"]
         held_out = np.random.default_rng(seed).permutation(len(validation))[:num_held_out]
-        return GraphRows(train, np.arange(len(train))), GraphRows(validation, np.sort(held_out))
-    # A molecule without InChIKey is told apart by its SMILES.
-    keys = _column(train, "smiles")
-    if "inchikey" in train.column_names:
-        keys = pc.coalesce(_column(train, "inchikey"), keys)
-    rows, held_out = split_held_out(keys, num_held_out, seed)
+        is_validated = pc.is_in(_molecules(train), value_set=_molecules(validation).combine_chunks())
+        rows = np.flatnonzero(~is_validated.to_numpy(zero_copy_only=False).astype(bool))
+        return GraphRows(train, rows), GraphRows(validation, np.sort(held_out))
+    rows, held_out = split_held_out(_molecules(train), num_held_out, seed)
     return GraphRows(train, rows), GraphRows(train, held_out)

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 import preprocess
-from batches import Budget, StepBatches
+from batches import StepBatches
 from calibration import conformal_quantiles
 from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from fingerprints import fingerprint_baseline
@@ -49,6 +49,7 @@ from moleblend_hf import (
     MoleBlendPipeline,
     MoleBlendProcessor,
 )
+from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES
 from moleblend_hf.prediction_moleblend import predict_graphs
 from moleblend_hf.verification import write_reference_outputs
@@ -310,9 +311,9 @@ class Finetuning:
 
     def predict(self, model: PreTrainedModel, rows: np.ndarray) -> np.ndarray:
         """Predictions for some rows, averaged over their conformers; the processes share the work."""
-        accelerator, budget = self.accelerator, dataclasses.astuple(self.budget())
+        accelerator, budget = self.accelerator, self.budget()
         share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
-        found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), *budget).values
+        found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), budget).values
         if accelerator.num_processes == 1:
             return found
         if self.data.labelled.num_atoms is not None:
@@ -636,8 +637,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         calibration_rows = np.concatenate([rows for _, _, rows in cuts])
         calibration_values = np.concatenate(unseen)
     calibrate(final.config, data.labels(calibration_rows), calibration_values, task.problem_type, settings.coverage)
-    budget = dataclasses.astuple(finetuning.budget())
-    found_test = predict_graphs(final, processor, graphs_of(data.rows, test), *budget)
+    found_test = predict_graphs(final, processor, graphs_of(data.rows, test), finetuning.budget())
     intervals = {"lower": found_test.lower, "upper": found_test.upper, "prediction_sets": found_test.prediction_sets}
     final_run = Run(
         reported,

@@ -41,8 +41,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
+from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
-from moleblend_hf.prediction_moleblend import MAX_PAIRS, MAX_TOKENS, predicts_atoms
+from moleblend_hf.prediction_moleblend import predicts_atoms
 from parts import Part, makes_conformers
 from prediction_parts import PredictionPartSettings, model_columns, output_schema, predict_part
 from reporting import versions
@@ -78,8 +79,12 @@ class PredictionSettings:
     overwrite: bool = setting("output", "replace it", False)
     num_proc: int | None = setting("output", "processes that featurize and predict; left out: one a core", None)
     device: str | None = setting("output", "left out: cuda if there is one, else cpu", None)
-    max_tokens: int = setting("output", "padded tokens (atoms + 1) of the molecules in one forward", MAX_TOKENS)
-    max_pairs: int = setting("output", "padded pairs of tokens in one forward: what memory grows with", MAX_PAIRS)
+    max_tokens: int | None = setting(
+        "output",
+        "padded tokens (atoms + 1) of the molecules in one forward; left out: what suits the device",
+        None,
+    )
+    max_pairs: int | None = setting("output", "padded pairs of tokens in one forward, likewise", None)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
@@ -140,17 +145,17 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
     names = (field.name for field in dataclasses.fields(FeaturizationSettings))
     featurization = FeaturizationSettings(**{name: getattr(processor, name) for name in names})
     makes_several = makes_conformers(featurization) and featurization.num_conformers > 1
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return config, PredictionPartSettings(
         featurization=featurization,
         molecule_time_limit=settings.molecule_time_limit,
         with_atom_order=predicts_atoms(config) and not settings.embeddings,
         model=settings.model,
         revision=getattr(config, "_commit_hash", None) or settings.revision,
-        device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         embeddings=settings.embeddings,
         several_conformers=makes_several or (source.name == "parquet" and featurization.modality != "2d"),
-        max_tokens=settings.max_tokens,
-        max_pairs=settings.max_pairs,
+        budget=Budget.on(device, settings.max_tokens, settings.max_pairs),
     )
 
 

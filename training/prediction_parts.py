@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from moleblend_hf import MoleBlendProcessor, MolecularGraph, Predictions, embed_graphs, predict_graphs
+from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.prediction_moleblend import (
     GraphMemoryError,
     prediction_type,
@@ -44,8 +45,7 @@ class PredictionPartSettings(PartSettings):
     device: str = "cpu"
     embeddings: bool = False  # of molecules, in place of predictions
     several_conformers: bool = False  # whether a molecule may have them
-    max_tokens: int = 0
-    max_pairs: int = 0
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def predict_part(part: Part, settings: PredictionPartSettings) -> tuple[int, int
     found: Any = None
     while kept and found is None:
         try:
-            found = predict(list(kept.values()), max_tokens=settings.max_tokens, max_pairs=settings.max_pairs)
+            found = predict(list(kept.values()), budget=settings.budget)
         except GraphMemoryError as error:
             index = list(kept)[error.index]
             errors[index] = error.reason

@@ -33,11 +33,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from batches import Budget, StepBatches, cut, fitting, shared
-from data import collate, open_dataset, training_and_held_out
+from batches import StepBatches, cut, fitting, shared
+from data import collate, open_together, training_and_held_out
 from evaluation import LOSSES, evaluate, held_out_results, run_figures
 from guards import FiniteSteps, StopRequest
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
+from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
 from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, without_places, write_card
@@ -67,10 +68,12 @@ class PretrainingSettings:
         "run", "of Accelerate, beside metrics.jsonl: tensorboard, wandb ...", ["tensorboard"]
     )
 
-    dataset: str | None = setting(
-        "data", "folder that preprocess.py wrote, or its name on the Hub", os.path.relpath(HERE / "sample")
+    dataset: list[str] | None = setting(
+        "data",
+        "folder that preprocess.py wrote, or its name on the Hub; several as A,B",
+        [os.path.relpath(HERE / "sample")],
     )
-    held_out_molecules: int = setting("data", "molecules to evaluate on, of the validation split if there is one", 200)
+    held_out_molecules: int = setting("data", "molecules to evaluate on, of a validation split if there is one", 200)
     split_seed: int = setting("data", "seed of the choice of held-out molecules", 0)
     processor: dict[str, Any] = setting(
         "data", "settings of MoleBlendProcessor that the dataset must have been made with, e.g. hydrogens=drop", {}
@@ -115,7 +118,7 @@ class PretrainingSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read or built."""
-        if self.dataset is None:
+        if not self.dataset:
             raise ValueError("This recipe names no dataset. Give a folder that preprocess.py wrote with --dataset.")
         for name in ("max_steps", "batch_size", "max_left_out_steps", "max_tokens", "max_pairs"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -198,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data: memory-mapped rows; the held-out molecules are padded once.
     with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
-        dataset = open_dataset(str(settings.dataset))
+        dataset = open_together(settings.dataset or [])
     config = MoleBlendConfig(**settings.model)
     processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
     dataset.check(processor)

@@ -171,15 +171,15 @@ def write_card(
     path: Path, model_name: str, settings: Mapping[str, Any], results: Mapping[str, Any], **values: Any
 ) -> None:
     """Write the model card; the last figures of the held-out molecules are its model-index."""
-    dataset = settings["dataset"]
-    if Path(dataset).exists():  # nobody else has this path
-        dataset = Path(dataset).resolve().name
+    # Nobody else has the path of a folder.
+    names = [Path(name).resolve().name if Path(name).exists() else name for name in settings["dataset"]]
+    dataset = " + ".join(names)
     metadata = ModelCardData(
         library_name="transformers",
         license="apache-2.0",
         pipeline_tag="graph-ml",
         tags=["chemistry", "molecules", "moleblend", "pretraining"],
-        datasets=[dataset_id(dataset)],
+        datasets=[dataset_id(name) for name in names],
         model_name=model_name,
         eval_results=[
             EvalResult(

@@ -1,5 +1,6 @@
 """Plots of how good a model is, as PNG files; matplotlib's Figure alone, so no display and no global state."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def plot_roc(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
         axes.plot(*roc_curve(label, probabilities[known, column])[:2], **style)
         drawn += 1
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
-    _label(axes, f"{drawn} of {len(names)} curves are defined", "false positive rate", "true positive rate")
+    title = "" if drawn == len(names) else f"{drawn} of {len(names)} curves are defined"
+    _label(axes, title, "false positive rate", "true positive rate")
     if drawn and len(names) <= MAX_NAMED:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=DOTS_A_INCH)
@@ -81,7 +83,7 @@ def plot_coverage(coverage: Mapping[str, float], chance: Mapping[str, float], no
     """Share of labels in their conformal intervals or sets, by target, with half the range that chance explains."""
     names = list(coverage)[:MAX_PANELS]
     errors = [chance[name] for name in names]
-    figure = Figure(figsize=(4.6, 1.4 + 0.35 * len(names)), layout="constrained")
+    figure = Figure(figsize=(4.6, 1.4 + 0.4 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(nominal, color="black", linestyle=":", linewidth=1)
     places = np.arange(len(names))
@@ -89,7 +91,7 @@ def plot_coverage(coverage: Mapping[str, float], chance: Mapping[str, float], no
         [nominal] * len(names), places, xerr=errors, fmt="none", color="gray", capsize=4, label="chance (95 %)"
     )
     axes.plot([coverage[name] for name in names], places, "o", label="measured")
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [textwrap.fill(name.replace("$", r"\$"), 20) for name in names])
     axes.invert_yaxis()
     _label(axes, f"coverage, nominal {nominal:.0%}", "share of labels inside", "")
     axes.legend(fontsize="small")
@@ -114,6 +116,7 @@ def plot_learning_curves(
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    # A "$" in the name of a target would start a formula.
-    axes.set(title=title.replace("$", r"\$"), xlabel=x.replace("$", r"\$"), ylabel=y.replace("$", r"\$"))
+    # A "$" in the name of a target would start a formula; a long name is written on several lines.
+    title, x, y = (textwrap.fill(text.replace("$", r"\$"), 36) for text in (title, x, y))
+    axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)

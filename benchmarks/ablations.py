@@ -1,0 +1,93 @@
+r"""What each part of the pretraining is worth: the recipes at an equal number of steps, judged by linear probes on validation.
+
+    python benchmarks/ablations.py --data data/qm9 --targets gap,homo,lumo,mu,alpha --max_steps 1500 --seeds 0,1,2 \
+        --model num_hidden_layers=6 hidden_size=256 intermediate_size=256 num_attention_heads=16
+
+Each recipe is a run of training/pretrain.py with `training/configs/RECIPE.yaml`, in OUTPUT_DIR/RECIPE-SEED; one that was stopped
+goes on, one that is finished is not made again. Flags that are not named here go to pretrain.py, the same to all of them.
+Probes (linear_probe.py) see the molecules as the recipe showed them: with both, 2D alone, or 3D alone.
+"""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import linear_probe
+import numpy as np
+from accelerate.state import AcceleratorState, GradientState
+
+import pretrain
+from settings import as_flags
+
+# What is shown in a probe is what the recipe trained: the embeddings of the other relations are random.
+SHOWN = {
+    "small": "auto",
+    "ablation_no_blending": "3d",
+    "ablation_2d_only": "2d",
+    "ablation_3d_only": "3d",
+    "ablation_distance_target": "auto",
+    "ablation_no_denoising": "auto",
+}
+CONFIGS = Path(pretrain.__file__).parent / "configs"
+
+
+def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str]) -> Path:
+    """The folder of a run, made if it is not there."""
+    folder = Path(args.output_dir, f"{recipe}-{seed}")
+    if not (folder / "model.safetensors").is_file():
+        settings = {
+            "config": CONFIGS / f"{recipe}.yaml",
+            "dataset": args.data,
+            "output_dir": folder,
+            "resume": "auto" if folder.exists() else None,
+            "max_steps": args.max_steps,
+            "warmup_steps": args.max_steps // 10,
+            "eval_steps": args.max_steps,
+            "seed": seed,
+        }
+        pretrain.main(as_flags(settings) + flags)
+        # One run after the other in one process: Accelerate keeps what the first one chose.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+    return folder
+
+
+def main() -> None:
+    """Make the runs that are missing, probe all, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dataset with geometries and parts, as preprocess.py writes it")
+    parser.add_argument("--targets", help="of the probes, A,B; left out: all of the dataset")
+    parser.add_argument("--recipes", default=",".join(SHOWN))
+    parser.add_argument("--max_steps", type=int, default=1500)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--part", default="validation", choices=("validation", "test"))
+    parser.add_argument("--num_molecules", type=int, default=4000, help="of each part that a probe sees, at most")
+    parser.add_argument("--output_dir", default="outputs/ablations")
+    args, flags = parser.parse_known_args()
+    found: dict[tuple[str, str], list[float]] = {}
+    for recipe in args.recipes.split(","):
+        for seed in map(int, args.seeds.split(",")):
+            folder = pretrained(recipe, seed, args, flags)
+            probe = argparse.Namespace(**vars(args) | {"models": str(folder), "modality": SHOWN[recipe]})
+            for name, target, metrics in linear_probe.results(probe):
+                metric, value = next(iter(metrics.items()))
+                title = f"{'random weights' if name == linear_probe.RANDOM else recipe} ({SHOWN[recipe]})"
+                found.setdefault((title, f"{target} ({metric})"), []).append(value)
+    columns = list(dict.fromkeys(column for _, column in found))
+    print("| recipe (probed with) | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for title in dict.fromkeys(title for title, _ in found):
+        cells = []
+        for column in columns:
+            values = found[title, column]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a linear model reads from the embeddings of pretrained checkpoints: how good they are before anything is fine-tuned.
+
+    python benchmarks/linear_probe.py --models outputs/small,outputs/other --data data/qm9 --targets gap,homo,lumo,mu,alpha
+    python benchmarks/linear_probe.py --models outputs/small --data data/bbbp --part test        # once, at the end
+
+Embeddings are the state of the graph token beside the mean over the atoms, standardised; on them ridge regression, or logistic
+regression of binary targets, is fitted to molecules of the training part, its penalty chosen by cross-validation among them. A
+row is a checkpoint and a target. `random` beside the checkpoints is the first one's architecture with random weights.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from data import PreprocessedDataset, open_dataset
+from labels import graphs_of, labelled
+from moleblend_hf import MoleBlendModel, MoleBlendProcessor, MolecularGraph, embed_graphs
+
+PENALTIES = np.logspace(-2, 6, 17)
+RANDOM = "random"
+
+
+def embeddings(name: str, like: str, graphs: list[MolecularGraph], modality: str) -> np.ndarray:
+    """(n, 2 hidden_size) of graphs by a checkpoint, or by random weights in the shape of another."""
+    model = MoleBlendModel.from_pretrained(like)
+    if name == RANDOM:
+        torch.manual_seed(0)
+        model = MoleBlendModel(model.config)
+    processor = MoleBlendProcessor.from_pretrained(like, modality=modality)
+    atoms = embed_graphs(model, processor, graphs, atoms=True)
+    return np.hstack([embed_graphs(model, processor, graphs), np.stack([each.mean(0) for each in atoms])])
+
+
+def probed(train: np.ndarray, labels: np.ndarray, held: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+    """Metrics of a linear model of one target, fitted to the training molecules that have a label."""
+    known, tested = ~np.isnan(labels), ~np.isnan(measured)
+    if set(np.unique(labels[known])) <= {0, 1}:
+        linear = GridSearchCV(LogisticRegression(max_iter=1000), {"C": 1 / PENALTIES}, scoring="roc_auc")
+        model = make_pipeline(StandardScaler(), linear).fit(train[known], labels[known])
+        return {"roc_auc": float(roc_auc_score(measured[tested], model.predict_proba(held[tested])[:, 1]))}
+    model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(train[known], labels[known])
+    values = model.predict(held[tested])
+    return {
+        "mae": float(mean_absolute_error(measured[tested], values)),
+        "r2": float(r2_score(measured[tested], values)),
+    }
+
+
+def drawn_rows(dataset: PreprocessedDataset, part: str, num: int) -> np.ndarray:
+    """Rows of a part: all, or so many drawn by a fixed seed."""
+    return np.sort(np.random.default_rng(0).permutation(len(dataset.splits[part]))[:num])
+
+
+def results(args: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Checkpoint, target, metrics."""
+    dataset = open_dataset(args.data)
+    targets = args.targets.split(",") if args.targets else [target["name"] for target in dataset.about["targets"]]
+    rows = {part: drawn_rows(dataset, part, args.num_molecules) for part in ("train", args.part)}
+    graphs = {part: graphs_of(dataset.splits[part], rows[part]) for part in rows}
+    labels = {part: labelled(dataset.splits[part], targets).labels[rows[part]] for part in rows}
+    models = args.models.split(",")
+    for name in [*models, RANDOM]:
+        like = models[0] if name == RANDOM else name
+        train, held = (embeddings(name, like, graphs[part], args.modality) for part in ("train", args.part))
+        for column, target in enumerate(targets):
+            yield name, target, probed(train, labels["train"][:, column], held, labels[args.part][:, column])
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", required=True, help="checkpoint folders, A,B")
+    parser.add_argument("--data", required=True, help="dataset with parts, as preprocess.py writes it")
+    parser.add_argument("--targets", help="A,B; left out: all of the dataset")
+    parser.add_argument("--part", default="validation", choices=("validation", "test"))
+    parser.add_argument("--modality", default="auto", choices=("auto", "2d", "3d"))
+    parser.add_argument("--num_molecules", type=int, default=4000, help="of each part, at most")
+    print("| checkpoint | target | metrics |\n|---|---|---|")
+    for name, target, metrics in results(parser.parse_args()):
+        told = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        print(f"| {name if name == RANDOM else Path(name).name} | {target} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
