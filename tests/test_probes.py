@@ -1,6 +1,7 @@
 """Benchmarks of pretraining run from end to end: recipes at equal steps, each probed with what it was shown."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from tiny import tiny_config
+
+from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "benchmarks")]
 import ablations
 import linear_probe
+import recovery
 
 SAMPLE = Path(__file__).parents[1] / "training" / "sample"
 TINY = ["--model", "num_hidden_layers=1", "hidden_size=16", "intermediate_size=16", "num_attention_heads=2"]
@@ -69,3 +75,23 @@ def test_a_probe_finds_what_the_embedding_holds_and_nothing_in_noise():
     assert linear_probe.probed(train, labels["train"], held, labels["held"])["roc_auc"] > 0.99
     noise = linear_probe.probed(train, draw.normal(size=400), held, draw.normal(size=200))
     assert noise["r2"] < 0.05
+
+
+def test_what_is_recovered_is_told_by_class_with_examples(dataset, tmp_path, capsys):
+    torch.manual_seed(0)
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    MoleBlendProcessor().save_pretrained(tmp_path)
+    recovery.main(["--model", str(tmp_path), "--data", str(dataset), "--part", "validation", "--num_examples", "2"])
+    told = capsys.readouterr().out
+    titles = re.findall(r"^(.*): [\d.]+% of ([\d,]+) recovered", told, flags=re.MULTILINE)
+    assert [title for title, _ in titles] == [
+        "In a blend, shortest paths",
+        "In a blend, types of bonds",
+        "From the geometry alone, shortest paths",
+        "From the geometry alone, types of bonds",
+    ]
+    tables = re.findall(r"^\| ([\w ]+) \| ([\d,]+) \|", told, flags=re.MULTILINE)
+    assert dict(tables)["1 bond"] == titles[3][1]  # each bond has a type
+    numbers = [int(num.replace(",", "")) for _, num in titles]
+    assert numbers[0] < numbers[2]  # in a blend, some pairs show what is asked
+    assert len(re.findall(r"^- `.*angstrom apart: \d+ bonds, (?:recovered|mistaken) as \d+", told, re.MULTILINE)) >= 2
