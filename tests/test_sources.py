@@ -382,6 +382,7 @@ def test_qm9(tmp_path, packed):
     assert source.notes == ("Columns not taken: 'other'.",)
     chosen = open_source("qm9", tmp_path, targets=["homo"], units={"homo": "eV"})
     assert chosen.targets == (Target("homo", "eV"),)
+    assert [record.split for record in rows(open_source("qm9", tmp_path, split_column="other"))] == ["x"] * 3
 
 
 @pytest.mark.parametrize(
@@ -416,6 +417,8 @@ def test_qm9_without_a_table_has_no_targets(tmp_path):
     assert (source.targets, source.id_column) == ((), None)
     assert source.notes == (f"No gdb9.sdf.csv in {tmp_path}: there are no targets.",)
     assert [record.id for record in rows(source)] == ["gdb_1", "gdb_2", "gdb_3"]
+    with pytest.raises(ValueError, match="no table in .* could hold the column 'part'"):
+        open_source("qm9", tmp_path, split_column="part")
 
 
 # MoleculeNet

@@ -654,6 +654,8 @@ def _open_qm9(input: str, options: _Options) -> Source:
         (path for ending in ("*.sdf.csv", "*.sdf.csv.gz") for path in folder.glob(ending)), "tables of targets"
     )
     if path is None:
+        if options.split_column is not None:
+            raise ValueError(f"There is no table in {folder} that could hold the column {options.split_column!r}.")
         table = None
         notes.append(f"No {sdf.name.removesuffix('.gz')}.csv in {folder}: there are no targets.")
         targets = _choose_targets((), folder, options)
@@ -662,7 +664,7 @@ def _open_qm9(input: str, options: _Options) -> Source:
         table = _open_table(path, ",")
         known = tuple(target for target in QM9_TARGETS if target.name in table.columns)
         targets = _choose_targets(table.columns, path, options, known)
-    columns = _Columns(None, "mol_id", tuple(target.name for target in targets))
+    columns = _Columns(None, "mol_id", tuple(target.name for target in targets), options.split_column)
     if table is not None:
         _check_columns(columns.names, table.columns, path)
         notes += _note_not_taken(table.columns, columns.names)
@@ -963,7 +965,7 @@ _MOLECULENET_OPTIONS = ("smiles_column", "id_column", "targets", "units", "tasks
 _COLUMN_OPTIONS = (*_MOLECULENET_OPTIONS, "atom_targets")
 _KINDS: dict[str, tuple[Callable[[str, _Options], Source], tuple[str, ...]]] = {
     "pcqm4mv2": (_open_pcqm4mv2, ("targets", "units")),
-    "qm9": (_open_qm9, ("targets", "units", "exclude")),
+    "qm9": (_open_qm9, ("targets", "units", "exclude", "split_column")),
     "moleculenet": (_open_moleculenet, _MOLECULENET_OPTIONS),
     "csv": (partial(_open_csv, "csv"), (*_COLUMN_OPTIONS, "delimiter")),
     "tsv": (partial(_open_csv, "tsv"), (*_COLUMN_OPTIONS, "delimiter")),
