@@ -22,6 +22,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 torch.set_num_threads(1)
@@ -31,3 +32,12 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """Every test starts from the same random state, whatever ran before it in its worker."""
     set_seed(0)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Runs of one process on the CPU, which Accelerate's process-wide state does not carry from test to test."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
-from tiny import GOLDEN, SMILES, tiny_config
+from tiny import CARD_METADATA, GOLDEN, SMILES, tiny_config
 from transformers import BertConfig
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
@@ -344,20 +344,9 @@ def test_convert_writes_a_folder_once(tmp_path):
     error_of("convert", tmp_path / "text.safetensors", tmp_path / "other")
 
 
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: graph-ml
-tags: [chemistry]
-datasets: [qm9]
-model-index:
-- name: tiny
-  results:
-  - task: {type: regression}
-    dataset: {type: qm9, name: QM9}
-    metrics: [{type: mae, value: 0.1}]
----
-# A card
+CARD = (
+    CARD_METADATA
+    + """# A card
 
 ![losses](losses.png) and [the paper](https://arxiv.org/abs/2307.06235)
 
@@ -365,6 +354,7 @@ model-index:
 batch = processor(["N[C@H](CO)C", "CC[C@@H](C=O)N"])  # no links
 ```
 """
+)
 
 
 def test_cards_are_printed_and_checked(tmp_path):

@@ -32,15 +32,7 @@ from tasks import Task
 TRAINING = Path(finetune.__file__).parent
 RECIPES = sorted((TRAINING / "configs" / "finetuning").glob("*.yaml"))
 SHORT = ["--epochs", "2", "--batch_size", "8", "--learning_rate", "1e-3", "--no-baseline"]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Runs of one process on the CPU, which Accelerate's process-wide state does not carry from test to test."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(scope="module")

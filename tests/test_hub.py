@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Hub, environment
+from tiny import OUTPUTS
 
 TESTS = Path(__file__).parent
 WITHOUT_THE_PACKAGE = """
@@ -52,15 +53,6 @@ AUTO_CLASSES = {
     "pretraining": "AutoModelForPreTraining",
     "classification": "AutoModelForSequenceClassification",
 }
-OUTPUTS = """
-import json, torch
-SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "[Na+].CC(=O)[O-]"]
-def outputs_of(model, processor):
-    draws = {"generator": torch.Generator().manual_seed(0)} if "PreTraining" in type(model).__name__ else {}
-    with torch.no_grad():
-        outputs = model.eval()(**processor(SMILES, return_tensors="pt"), **draws)
-    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-"""
 PUSH_MODELS = """
 from huggingface_hub import HfApi
 import moleblend_hf as package

@@ -50,16 +50,8 @@ TINY = [
 SHORT = ["--max_steps", "2", "--warmup_steps", "1", "--batch_size", "8", "--held_out_molecules", "8"]
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """Runs of one process on the CPU, which Accelerate's process-wide state does not carry from test to test."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 SAMPLE_ROWS = SAMPLE / "data" / "train-00000-of-00001.parquet"
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def write_dataset(folder: Path, about: dict | None = None, **splits: pa.Table) -> Path:

@@ -39,8 +39,9 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(
+    dataset, tmp_path, on_cpu, monkeypatch, capsys
+):
     flags = ["--data", dataset, "--max_steps", "2", "--seeds", "0,1", "--recipes", "small,ablation_2d_only"]
     flags += ["--output_dir", tmp_path, "--batch_size", "8", "--held_out_molecules", "8", "--trackers", "", *TINY]
     monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, flags)])

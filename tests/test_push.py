@@ -10,7 +10,7 @@ import torch
 from hub_server import Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from test_hub import CAUGHT, WITH_THE_SCRIPTS, WITHOUT_THE_PACKAGE, client
-from tiny import tiny_config
+from tiny import OUTPUTS, tiny_config
 
 import push_to_hub
 from moleblend_hf import MoleBlendModel, MoleBlendProcessor
@@ -163,15 +163,6 @@ CASES = {
     "atoms": "AutoModelForTokenClassification",
     "ensemble": "AutoModelForSequenceClassification",
 }
-OUTPUTS = """
-import json, torch
-SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "[Na+].CC(=O)[O-]"]
-def outputs_of(model, processor):
-    draws = {"generator": torch.Generator().manual_seed(0)} if "PreTraining" in type(model).__name__ else {}
-    with torch.no_grad():
-        outputs = model.eval()(**processor(SMILES, return_tensors="pt"), **draws)
-    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-"""
 PUSH = """
 import time
 time.sleep = lambda seconds: None  # between attempts

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
-from tiny import SMILES, tiny_config
+from tiny import CARD_METADATA, SMILES, tiny_config
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -43,21 +43,6 @@ FENCE = re.compile(
 SHELLS = ("bash", "sh", "shell", "console")
 CALLS = re.compile(r"(?:^|[|;&]\s*)moleblend\s")  # at the start of a line or after an operator
 OPERATORS = re.compile(r"[|<>;&]")
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: graph-ml
-tags: [chemistry]
-datasets: [qm9]
-model-index:
-- name: tiny
-  results:
-  - task: {type: regression}
-    dataset: {type: qm9, name: QM9}
-    metrics: [{type: mae, value: 0.1}]
----
-# Tiny
-"""
 
 
 class Snippet(NamedTuple):
@@ -101,7 +86,7 @@ def save(model, folder: Path) -> None:
     else:  # as finetune.py does: with the pipeline
         MoleBlendPipeline(model=model.eval(), feature_extractor=processor, device="cpu").save_pretrained(folder)
     write_reference_outputs(model, processor, folder)
-    (folder / "README.md").write_text(CARD)
+    (folder / "README.md").write_text(CARD_METADATA)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 
 import pretrain
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining
@@ -63,11 +62,8 @@ def dataset(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=named)
-def test_an_ablation_trains_and_what_it_leaves_out_gets_no_gradient(path, dataset, tmp_path, monkeypatch):
+def test_an_ablation_trains_and_what_it_leaves_out_gets_no_gradient(path, dataset, tmp_path, on_cpu):
     """Two steps, without weight decay: a weight that no loss reaches is what it was."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     flags = ["--config", str(path), "--dataset", str(dataset), "--output_dir", str(tmp_path / "run")]
     flags += ["--max_steps", "2", "--warmup_steps", "0", "--batch_size", "8", "--held_out_molecules", "8"]
     pretrain.main([*flags, "--logging_steps", "1", "--model", *TINY])

@@ -417,7 +417,7 @@ def test_qm9_without_a_table_has_no_targets(tmp_path):
     assert (source.targets, source.id_column) == ((), None)
     assert source.notes == (f"No gdb9.sdf.csv in {tmp_path}: there are no targets.",)
     assert [record.id for record in rows(source)] == ["gdb_1", "gdb_2", "gdb_3"]
-    with pytest.raises(ValueError, match="no table in .* could hold the column 'part'"):
+    with pytest.raises(ValueError, match=r"no table in .* could hold the column 'part'"):
         open_source("qm9", tmp_path, split_column="part")
 
 

@@ -14,6 +14,31 @@ from moleblend_hf.convert_original_checkpoint import convert_state, load_origina
 GOLDEN = Path(__file__).parent / "golden"
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "[Na+].CC(=O)[O-]", "C/C=C/C(=O)/C=C\\CCl", "OCC[C@H](N)C#N"]
 
+CARD_METADATA = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: graph-ml
+tags: [chemistry]
+datasets: [qm9]
+model-index:
+- name: tiny
+  results:
+  - task: {type: regression}
+    dataset: {type: qm9, name: QM9}
+    metrics: [{type: mae, value: 0.1}]
+---
+"""
+# For another process: what a model says about some molecules.
+OUTPUTS = """
+import json, torch
+SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "C", "[Na+].CC(=O)[O-]"]
+def outputs_of(model, processor):
+    draws = {"generator": torch.Generator().manual_seed(0)} if "PreTraining" in type(model).__name__ else {}
+    with torch.no_grad():
+        outputs = model.eval()(**processor(SMILES, return_tensors="pt"), **draws)
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+"""
+
 
 def tiny_config(**changes) -> MoleBlendConfig:
     """A config of a model that runs in milliseconds."""
