@@ -152,7 +152,7 @@ def embed_graphs(
         atoms (`bool`, *optional*, defaults to `False`): whether to return the embeddings of atoms.
         budget (`Budget`, *optional*): as in `predict_graphs`.
     """
-    if model.config.model_type == "moleblend_ensemble":
+    if hasattr(model, "members"):  # its config would not tell: the members share it
         raise ValueError(
             f"An ensemble of {model.config.num_members} models has no embedding: those of its members are not comparable. Embed with "
             "one of `model.members`, or with the checkpoint of a single model."

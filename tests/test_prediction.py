@@ -199,3 +199,13 @@ def test_an_ensemble_has_no_embedding():
     ensemble = MoleBlendEnsembleForSequenceClassification.from_members([fine_tuned(), fine_tuned()])
     with pytest.raises(ValueError, match="An ensemble of 2 models has no embedding"):
         embed_graphs(ensemble, MoleBlendProcessor(), MoleBlendProcessor().featurize_many(SMILES))
+
+
+def test_a_member_of_an_ensemble_embeds_as_it_does_alone():
+    models, processor = [fine_tuned(), fine_tuned()], MoleBlendProcessor()
+    ensemble, graphs = (
+        MoleBlendEnsembleForSequenceClassification.from_members(models),
+        processor.featurize_many(SMILES),
+    )
+    for member, model in zip(ensemble.members, models, strict=True):
+        np.testing.assert_array_equal(embed_graphs(member, processor, graphs), embed_graphs(model, processor, graphs))
