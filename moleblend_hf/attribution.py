@@ -189,25 +189,37 @@ def draw_attributions(molecule: Any, attributions: np.ndarray, path: str | os.Pa
         legend: text below the picture, such as a name and the predicted value with its unit; any characters.
     """
     _require_captum()
-    path, values = Path(path), np.asarray(attributions, dtype=np.float64)
+    path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):
         raise ValueError(f"{str(path)!r} ends in neither .svg nor .png. Pass a name that says which is wanted.")
+    write = _svg if path.suffix.lower() == ".svg" else _png
+    path.write_bytes(write(*_drawing(molecule, attributions, legend)))
+
+
+def attributions_svg(molecule: Any, attributions: np.ndarray, legend: str = "") -> str:
+    """Returns the picture that `draw_attributions` writes, as the text of an SVG."""
+    return _svg(*_drawing(molecule, attributions, legend)).decode()
+
+
+def _drawing(
+    molecule: Any, attributions: np.ndarray, legend: str
+) -> tuple[Chem.Mol, list[tuple[float, ...]], list[str]]:
+    """What is drawn: a molecule, the colours of its atoms, and the lines below it."""
+    values = np.asarray(attributions, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(
             f"`attributions` has shape {values.shape} or is not finite. Pass a finite number for each atom."
         )
-    mol = _mol_with_atoms(molecule, len(values))
+    mol = mol_with_atoms(molecule, len(values))
     largest = float(np.abs(values).max())
     shades = values / (largest or 1.0)
     colors = [_color(shade) for shade in shades]
     text = "".join(letter if letter.isprintable() else " " for letter in legend)
-    lines = [*textwrap.wrap(text, LINE_LENGTH), f"red raises, blue lowers; darkest: {largest:.3g}"]
-    write = _svg if path.suffix.lower() == ".svg" else _png
-    path.write_bytes(write(mol, colors, lines))
+    return mol, colors, [*textwrap.wrap(text, LINE_LENGTH), f"red raises, blue lowers; darkest: {largest:.3g}"]
 
 
-def _mol_with_atoms(molecule: Any, num_atoms: int) -> Chem.Mol:
-    """The RDKit molecule of which these are the atoms, whatever the processor does with hydrogens."""
+def mol_with_atoms(molecule: Any, num_atoms: int) -> Chem.Mol:
+    """Returns the RDKit molecule of which these are the atoms, whatever the processor does with hydrogens."""
     counts = {}
     for hydrogens in ("drop", "keep", "add"):
         settings = FeaturizationSettings(modality="2d", hydrogens=hydrogens, bonds="determine")

@@ -32,11 +32,11 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from .cards import card_problems
+from .checkpoints import class_of, open_checkpoint
 from .convert_original_checkpoint import convert as convert_original
 from .molecule_files import STANDARD_STREAM, MoleculeRow, read_molecules, row_writer
 from .pipeline_moleblend import MoleBlendPipeline
 from .prediction_moleblend import prediction_type, target_names
-from .verification import MODEL_CLASSES
 from .verification import verify as verify_checkpoint
 
 MOLECULES_A_BATCH = 512  # featurized together; memory is bounded by `predict_graphs`
@@ -78,13 +78,13 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or its name on the Hub.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
-Input = Annotated[str, typer.Argument(help="SMILES, CSV, TSV or SDF file, plain or gzipped; - reads standard input.")]
+Input = Annotated[str, typer.Argument(help="SMILES, CSV, TSV, SDF or Parquet file; - reads standard input.")]
 Format = Annotated[
-    Literal["smi", "csv", "tsv", "sdf"] | None,
+    Literal["smi", "csv", "tsv", "sdf", "parquet"] | None,
     typer.Option(help="Left out: by the ending of the name, smi on standard input.", show_default=False),
 ]
 SmilesColumn = Annotated[
-    str | None, typer.Option(help="Of csv and tsv; left out: the one named like it.", show_default=False)
+    str | None, typer.Option(help="Of a table; left out: the one named like it.", show_default=False)
 ]
 IdColumn = Annotated[
     str | None,
@@ -135,7 +135,7 @@ def predict(
       moleblend predict outputs/finetune molecules.sdf.gz -o predictions.parquet
       echo "CCO" | moleblend predict outputs/finetune
     """
-    predictor = _opened(model, revision, device, modality=modality, num_conformers=num_conformers)
+    predictor = open_checkpoint(model, revision, device, modality=modality, num_conformers=num_conformers)
     name = type(predictor.model).__name__
     if not name.endswith(("ForSequenceClassification", "ForTokenClassification")):
         raise ValueError(
@@ -171,7 +171,7 @@ def embed(
       moleblend embed outputs/pretrain molecules.csv --atoms -o atoms.parquet
       cat molecules.smi | moleblend embed outputs/pretrain > embeddings.csv
     """
-    embedder = _opened(model, revision, device, modality=modality, num_conformers=num_conformers)
+    embedder = open_checkpoint(model, revision, device, modality=modality, num_conformers=num_conformers)
     if embedder.model.config.model_type == "moleblend_ensemble":
         raise ValueError(
             f"{model} is an ensemble, whose members have no common embedding. Give the checkpoint of one."
@@ -290,16 +290,9 @@ def main() -> None:
 # What a checkpoint is
 
 
-def _class_of(config: Any, model: str) -> Any:
-    name = (getattr(config, "architectures", None) or ["model without a class"])[0]
-    if name not in MODEL_CLASSES:
-        raise ValueError(f"{model} holds a {name}, but has to hold one of {', '.join(MODEL_CLASSES)}.")
-    return MODEL_CLASSES[name]
-
-
 def _facts(model: str, revision: str | None) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(model, revision=revision)
-    model_class = _class_of(config, model)
+    model_class = class_of(config, model)
     processor = AutoFeatureExtractor.from_pretrained(model, revision=revision).to_dict()
     with torch.device("meta"):  # shapes without memory
         num_parameters = model_class(config).num_parameters()
@@ -341,33 +334,6 @@ def _targets(config: Any) -> dict[str, Any]:
 
 
 # What it says about molecules
-
-
-def _opened(model: str, revision: str | None, device: str | None, **settings: Any) -> MoleBlendPipeline:
-    """The checkpoint, all of whose weights were there."""
-    config = AutoConfig.from_pretrained(model, revision=revision)
-    model_class = _class_of(config, model)
-    given = {name: value for name, value in settings.items() if value is not None}
-    processor = AutoFeatureExtractor.from_pretrained(model, revision=revision, **given)
-    if processor.max_path_bonds != config.max_path_bonds:
-        raise ValueError(
-            f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
-            f"{config.max_path_bonds}. Save the processor that the model was trained with."
-        )
-    loaded, report = model_class.from_pretrained(
-        model, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    if random := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
-        raise ValueError(
-            f"{model} has no weights for {len(random)} parts of its {model_class.__name__}, the first {random[0]}, which would be "
-            "random numbers. Fetch or save the checkpoint again."
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
-    return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
 
 
 def _prediction_columns(predictor: MoleBlendPipeline) -> dict[str, str]:

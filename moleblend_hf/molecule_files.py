@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files of molecules, read and written a row at a time: SMILES, CSV, TSV and SDF in; CSV and Parquet out."""
+"""Files of molecules, read and written a row at a time: SMILES, CSV, TSV, SDF and Parquet in; CSV and Parquet out."""
 
 import csv
 import gzip
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TextIO
 
 import numpy as np
@@ -29,19 +30,27 @@ from .molecules_moleblend import MoleculeError, parse_sdf_record, sdf_records
 
 STANDARD_STREAM = "-"
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-FORMATS = ("smi", *DELIMITERS, "sdf")
-ENDINGS = {".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv", ".sdf": "sdf", ".mol": "sdf"}
+FORMATS = ("smi", *DELIMITERS, "sdf", "parquet")
+ENDINGS = {
+    **{".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv"},
+    **{".sdf": "sdf", ".mol": "sdf", ".parquet": "parquet"},
+}
 ROWS_A_WRITE = 10_000  # of Parquet, in memory at once
 
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 20))
 
 
 class MoleculeRow(NamedTuple):
-    """A molecule of a file: its id or row number, its SMILES (of an SDF record: RDKit's), and what the processor takes."""
+    """A molecule of a file.
+
+    Its id or row number, its SMILES (of an SDF record: RDKit's), what the processor takes, and the cells of its row by their
+    columns, or the data fields of its record.
+    """
 
     id: str
     smiles: str | None
     molecule: Any
+    values: Mapping[str, Any] = MappingProxyType({})
 
 
 class RowWriter(Protocol):
@@ -61,12 +70,15 @@ def read_molecules(
     Args:
         path: of a file, plain or gzipped, or "-" for standard input.
         format: one of `FORMATS`; left out: by the ending of the name, SMILES on standard input.
-        smiles_column: of csv and tsv; left out: the one whose name says so.
-        id_column: of csv and tsv, or a data field of an SDF; left out: titles, or row numbers from 0.
+        smiles_column: of csv, tsv and parquet; left out: the one whose name says so.
+        id_column: of csv, tsv and parquet, or a data field of an SDF; left out: titles, or row numbers from 0.
     """
     format = format or _format_of(path)
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(FORMATS)}.")
+    if format == "parquet":
+        yield from _read_parquet(path, smiles_column, id_column)
+        return
     if format not in DELIMITERS and smiles_column is not None:
         raise ValueError(f"A file of the format {format!r} has no column {smiles_column!r}. Leave its name out.")
     with _opened(path) as lines:
@@ -142,8 +154,23 @@ def _read_table(
             yield MoleculeRow(str(row), None, MoleculeError(reason, "csv", "Fix the row"))
         else:
             smiles = cells[smiles_at].strip()
-            yield MoleculeRow(str(row) if id_at is None else cells[id_at], smiles, smiles)
+            values = dict(zip(header, cells, strict=True))
+            yield MoleculeRow(str(row) if id_at is None else cells[id_at], smiles, smiles, values)
         row += 1
+
+
+def _read_parquet(path: str, smiles_column: str | None, id_column: str | None) -> Iterator[MoleculeRow]:
+    if path == STANDARD_STREAM:
+        raise ValueError("Parquet cannot be read from standard input. Name a file.")
+    pa, pq = _pyarrow()
+    with pq.ParquetFile(path) as file:
+        header = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        smiles_name = header[_position(smiles_column or _guess_smiles(header), header)]
+        id_name = None if id_column is None else header[_position(id_column, header)]
+        rows = (cells for batch in file.iter_batches(columns=header) for cells in batch.to_pylist())
+        for row, cells in enumerate(rows):
+            smiles = str(cells[smiles_name] or "").strip()
+            yield MoleculeRow(str(row) if id_name is None else str(cells[id_name]), smiles, smiles, cells)
 
 
 def _position(name: str, header: list[str]) -> int:
@@ -177,7 +204,8 @@ def _read_sdf(lines: Iterable[str], id_column: str | None) -> Iterator[MoleculeR
         identifier = title
         if id_column is not None:
             identifier = molecule.GetProp(id_column) if molecule.HasProp(id_column) else ""
-        yield MoleculeRow(identifier or str(row), Chem.MolToSmiles(Chem.RemoveHs(molecule)), molecule)
+        values = {name: molecule.GetProp(name) for name in molecule.GetPropNames()}
+        yield MoleculeRow(identifier or str(row), Chem.MolToSmiles(Chem.RemoveHs(molecule)), molecule, values)
 
 
 # Writing
@@ -236,12 +264,8 @@ def _cell(value: Any) -> Any:
 
 @contextmanager
 def _parquet_writer(path: Path, columns: Mapping[str, str]) -> Iterator[RowWriter]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("Parquet needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
-    types: dict[str, pa.DataType] = {"text": pa.string(), "number": pa.float64(), "vector": pa.list_(pa.float32())}
+    pa, pq = _pyarrow()
+    types: dict[str, Any] = {"text": pa.string(), "number": pa.float64(), "vector": pa.list_(pa.float32())}
     types |= {f"[{kind}]": pa.list_(type) for kind, type in types.items()}
     schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
     rows: list[dict[str, Any]] = []
@@ -260,6 +284,15 @@ def _parquet_writer(path: Path, columns: Mapping[str, str]) -> Iterator[RowWrite
     with pq.ParquetWriter(path, schema) as writer:
         yield write
         flush()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow, which is not installed. Run `pip install pyarrow`.") from error
+    return pa, pq
 
 
 __all__ = ["FORMATS", "MoleculeRow", "read_molecules", "row_writer"]

@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_tables_and_smiles_files_give_the_same(models, tmp_path, format, zipped)
     assert [(row["id"], row["smiles"]) for row in rows] == [(f"name {i}", s) for i, s in enumerate(MOLECULES)]
     found = np.array([float(rows[row]["gap"]) for row in READABLE])
     np.testing.assert_allclose(found, expected(models / "finetune")[:, 0], atol=1e-6)
+
+
+def test_parquet_gives_the_same(models, tmp_path):
+    path = tmp_path / "in.parquet"
+    table = {"SMILES": [*MOLECULES, None], "name": list(range(7)), "positions": [[1.0]] * 7}
+    pq.write_table(pa.table(table), path, row_group_size=2)
+    rows = rows_of(moleblend("predict", models / "finetune", path, "--id-column", "name"))
+    assert [(row["id"], row["smiles"]) for row in rows] == [(str(i), s) for i, s in enumerate([*MOLECULES, ""])]
+    found = np.array([float(rows[row]["gap"]) for row in READABLE])
+    np.testing.assert_allclose(found, expected(models / "finetune")[:, 0], atol=1e-6)
+    assert rows[6]["error"] == "is an empty SMILES"
+    assert "The columns: 'SMILES', 'name'." in error_of(
+        "predict", models / "finetune", path, "--id-column", "positions"
+    )
+    stdin = error_of("predict", models / "finetune", "--format", "parquet", stdin="C")
+    assert "Parquet cannot be read from standard input" in stdin
 
 
 def test_geometries_of_an_sdf_are_shown_to_the_model(models, tmp_path):

@@ -1,0 +1,69 @@
+# Copyright 2026 The moleblend_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints of any kind, opened so that nothing in them is random."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor
+
+from .pipeline_moleblend import MoleBlendPipeline
+from .verification import MODEL_CLASSES
+
+
+def class_of(config: Any, model: str) -> Any:
+    """Returns the class of the model that a config describes."""
+    name = (getattr(config, "architectures", None) or ["model without a class"])[0]
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"{model} holds a {name}, but has to hold one of {', '.join(MODEL_CLASSES)}.")
+    return MODEL_CLASSES[name]
+
+
+def open_checkpoint(
+    model: str, revision: str | None = None, device: str | None = None, **settings: Any
+) -> MoleBlendPipeline:
+    """Returns a checkpoint with its processor, all of whose weights were there.
+
+    Args:
+        model: a folder, or the name of a repository on the Hub.
+        revision: branch, tag or commit on the Hub.
+        device: left out: cuda if there is one, else cpu.
+        settings: of the processor; those that are None stay as the checkpoint has them.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    model_class = class_of(config, model)
+    given = {name: value for name, value in settings.items() if value is not None}
+    processor = AutoFeatureExtractor.from_pretrained(model, revision=revision, **given)
+    if processor.max_path_bonds != config.max_path_bonds:
+        raise ValueError(
+            f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
+            f"{config.max_path_bonds}. Save the processor that the model was trained with."
+        )
+    loaded, report = model_class.from_pretrained(
+        model, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if random := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
+        raise ValueError(
+            f"{model} has no weights for {len(random)} parts of its {model_class.__name__}, the first {random[0]}, which would be "
+            "random numbers. Fetch or save the checkpoint again."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
+    return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
+
+
+__all__ = ["class_of", "open_checkpoint"]
