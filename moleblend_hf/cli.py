@@ -282,6 +282,47 @@ def info(
             typer.echo(f"{title}: {f'{found:,}' if isinstance(found, int) else found}")
 
 
+@app.command()
+def demo(
+    model: Model,
+    neighbours: Annotated[
+        str | None,
+        typer.Option(help="SMILES, CSV, TSV, SDF or Parquet file; the molecules to compare with.", show_default=False),
+    ] = None,
+    smiles_column: SmilesColumn = None,
+    id_column: IdColumn = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Left out: the first from 7860 on that is free.", show_default=False)
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Through a public address of gradio's.")] = False,
+    modality: Modality = None,
+    num_conformers: NumConformers = None,
+    device: Device = None,
+    revision: Revision = None,
+) -> None:
+    """Show a checkpoint in the browser.
+
+    A molecule is drawn, pasted or read from an SDF file; the page has its prediction with uncertainty, what each atom contributes, its geometry, and the molecules of a file that are nearest by embedding (of an ensemble: that of its first model). It needs no connection.
+
+    \b
+    Examples:
+      moleblend demo outputs/finetune
+      moleblend demo outputs/finetune --neighbours molecules.csv
+      moleblend demo outputs/pretrain --neighbours molecules.sdf --port 8000
+    """
+    from .demo import build_demo, launch_demo, require_gradio  # gradio takes seconds to import
+    from .molecule_page import MoleculePage
+
+    require_gradio()
+    predictor = open_checkpoint(model, revision, device, modality=modality, num_conformers=num_conformers)
+    rows = None if neighbours is None else read_molecules(neighbours, None, smiles_column, id_column)
+    page = MoleculePage(predictor, Path(model).resolve().name if Path(model).is_dir() else model, rows)
+    if page.neighbours:
+        typer.echo(f"{neighbours}: {page.neighbours.report}.", err=True)
+    launch_demo(build_demo(page), server_name=host, server_port=port, share=share)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="moleblend")

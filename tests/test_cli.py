@@ -305,13 +305,32 @@ def test_wrong_usage_has_code_2(args):
     assert "Usage: " in result.output
 
 
-@pytest.mark.parametrize("command", ["predict", "embed", "verify", "convert", "card", "info"])
+@pytest.mark.parametrize("command", ["predict", "embed", "demo", "verify", "convert", "card", "info"])
 def test_help_has_examples_on_lines_of_their_own(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = moleblend(command, "--help")
     assert result.exit_code == 0
     assert f"\n    moleblend {command} " in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+# In the browser
+
+
+def test_the_demo_is_launched_with_what_was_asked_for(models, tmp_path, monkeypatch):
+    demo = pytest.importorskip("moleblend_hf.demo")
+    if demo.gr is None:
+        assert "needs gradio, which is not installed" in error_of("demo", models / "finetune")
+        pytest.skip("the extra `demo` is not installed")
+    (tmp_path / "in.csv").write_text("name,smiles\nethanol,CCO\nnothing,C1CC\n")
+    launched = {}
+    monkeypatch.setattr(demo, "launch_demo", lambda blocks, **settings: launched.update(settings, title=blocks.title))
+    flags = ["--neighbours", tmp_path / "in.csv", "--id-column", "name", "--port", "8000", "--modality", "2d"]
+    result = moleblend("demo", models / "ensemble", *flags)
+    assert result.exit_code == 0
+    assert f"{tmp_path / 'in.csv'}: 1 molecules; rows that cannot be read: 1.\n" in result.stderr
+    assert launched == {"title": "ensemble", "server_name": "127.0.0.1", "server_port": 8000, "share": False}
+    assert "No such file" in error_of("demo", models / "finetune", "--neighbours", tmp_path / "none.csv")
 
 
 # Checkpoints
