@@ -49,6 +49,7 @@ except ImportError:
 
 METHODS = ("integrated_gradients", "ablation")
 MAX_PAIRS = 100_000  # pairs of atoms in one forward pass, with which memory grows
+MAX_ATOMS = 2**31 - 1  # of what is drawn: all that the processor let through
 INCOMPLETE = 0.01  # of the attributions' absolute sum: what the quadrature may leave unexplained without a warning
 # Ends of the colour scale, with white between them (RdBu of ColorBrewer).
 RAISES, LOWERS = (0.94, 0.54, 0.38), (0.40, 0.66, 0.81)
@@ -222,7 +223,7 @@ def mol_with_atoms(molecule: Any, num_atoms: int) -> Chem.Mol:
     """Returns the RDKit molecule of which these are the atoms, whatever the processor does with hydrogens."""
     counts = {}
     for hydrogens in ("drop", "keep", "add"):
-        settings = FeaturizationSettings(modality="2d", hydrogens=hydrogens, bonds="determine")
+        settings = FeaturizationSettings(modality="2d", hydrogens=hydrogens, bonds="determine", max_atoms=MAX_ATOMS)
         mol = parse_molecule(molecule, None, settings).mol
         if mol.GetNumAtoms() == num_atoms:
             return mol

@@ -131,7 +131,8 @@ def build_demo(page: MoleculePage) -> Any:
                     geometry = gr.Plot(show_label=False, elem_id="geometry")
                     geometry_note = gr.HTML(**plain)
             if page.neighbours:
-                gr.HTML(f"<h3>Nearest by embedding, of {escape(page.neighbours.report)}</h3>", **plain)
+                whose = " in the first model" if hasattr(page.model, "members") else ""
+                gr.HTML(f"<h3>Nearest by embedding{whose}, of {escape(page.neighbours.report)}</h3>", **plain)
             neighbours = gr.HTML(elem_id="neighbours", visible=page.neighbours is not None, **plain)
 
         outputs = [current, text, told, results, prediction, picture, geometry, geometry_note, neighbours]

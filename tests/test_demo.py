@@ -179,6 +179,9 @@ def test_large_molecules_and_coarse_attributions_are_said(page, monkeypatch):
     assert "The attributions sum to" in page.attributed(ASPIRIN, graph, 0)
     monkeypatch.setattr(molecule_page, "MAX_ATTRIBUTED", 12)
     assert "at most 12 atoms" in page.attributed(ASPIRIN, graph, 0)
+    large = MoleculePage(predictor_of(page.model, max_atoms=600), "large").answer("C" * 600)
+    assert "<svg" in large.picture
+    assert table_of(large.prediction)
 
 
 # Geometries

@@ -39,6 +39,11 @@ def test_version_is_the_same_everywhere():
     assert moleblend_hf.__version__ == PROJECT["version"] == citation["version"]
 
 
+def test_the_space_runs_with_the_pinned_gradio():
+    front_matter = yaml.safe_load((ROOT / "examples" / "space" / "README.md").read_text().split("---")[1])
+    assert front_matter["sdk_version"] == pins()["gradio"]
+
+
 def test_linters_of_pre_commit_are_the_pinned_ones():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert hooks[0]["rev"] == f"v{pins()['ruff']}"
