@@ -62,7 +62,7 @@ def view_geometry(graph: MolecularGraph) -> Any:
             shapes[elements[atom]].append(_stick(positions[atom], middle))
     half = np.abs(positions).max() + MARGIN
     axes = {name: {"visible": False, "range": [-half, half]} for name in ("xaxis", "yaxis", "zaxis")}
-    camera = {"eye": {"x": 0, "y": 0, "z": 1.45}, "up": {"x": 0, "y": 1, "z": 0}}
+    camera = {"eye": {"x": 0, "y": 0, "z": 1.3}, "up": {"x": 0, "y": 1, "z": 0}}
     no_clicks = {"itemclick": False, "itemdoubleclick": False}
     return go.Figure(
         [_trace(element, parts) for element, parts in sorted(shapes.items())],
