@@ -71,7 +71,10 @@ def build_demo(page: MoleculePage) -> Any:
     def of_text(smiles: str) -> dict[Any, Any]:
         if not smiles.strip():
             return shown(None, Answer(message("There is no molecule. Paste a SMILES, draw one or choose a file.")))
-        return shown(smiles, page.answer(smiles)) | {text: smiles}
+        return shown(smiles, page.answer(smiles))
+
+    def of_drawing(smiles: str) -> dict[Any, Any]:
+        return of_text(smiles) | {text: smiles}
 
     def of_file(path: str) -> dict[Any, Any]:
         molecule, note = read_first(path)
@@ -142,7 +145,7 @@ def build_demo(page: MoleculePage) -> Any:
         events.append(file.upload(of_file, file, outputs, **one_by_one))
         if editor:
             drawing = "() => document.querySelector('.editor iframe').contentWindow.editor.smiles()"
-            events.append(drawn.click(of_text, text, outputs, js=drawing, **one_by_one))
+            events.append(drawn.click(of_drawing, text, outputs, js=drawing, **one_by_one))
         if page.of_molecules:
             for event in (*(event.then for event in events), target.input):
                 event(of_target, [current, target], picture, **one_by_one)

@@ -449,6 +449,7 @@ def test_the_page_in_a_browser(browser, page, predictor, url, asked_hosts, tmp_p
         browser.switch_to.default_content()
         user.find("#drawn").click()
         user.wait_for(value_of("c1ccccc1O"), "#prediction")
+        assert user.find("#smiles textarea, #smiles input").get_attribute("value") == "Oc1ccccc1"
 
     assert browser.execute_script("return window.ran") is None
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
