@@ -386,31 +386,39 @@ def browser(url):
 
 
 class Browser:
-    """What a test does on the page: elements are named by CSS, and waited for."""
+    """What a test does on the page: elements are named by CSS, and what does not work yet is tried again."""
 
     def __init__(self, driver):
         self.driver = driver
 
-    def find(self, css: str):
-        return self.until(lambda driver: next(iter(driver.find_elements("css selector", css)), None))
-
     def until(self, condition):
-        from selenium.common.exceptions import StaleElementReferenceException
+        """The first true value of a function of the driver."""
+        from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        wait = WebDriverWait(self.driver, 60, poll_frequency=0.1, ignored_exceptions=[StaleElementReferenceException])
+        # Gradio replaces elements, so that they may be gone when they are looked at.
+        wait = WebDriverWait(self.driver, 60, poll_frequency=0.1, ignored_exceptions=[WebDriverException])
         return wait.until(condition)
+
+    def find(self, css: str):
+        return self.until(lambda driver: driver.find_element("css selector", css))
+
+    def see(self, css: str) -> None:
+        self.until(lambda driver: driver.find_element("css selector", css).is_displayed())
+
+    def wait_for(self, text: str, css: str) -> str:
+        """The text of an element once it has that in it."""
+        read = "return document.querySelector(arguments[0]).innerText"
+        return self.until(lambda driver: text in (found := driver.execute_script(read, css)) and found)
+
+    def click(self, css: str) -> None:
+        self.until(lambda driver: driver.find_element("css selector", css).click() or True)
 
     def ask(self, smiles: str) -> None:
         box = self.find("#smiles textarea, #smiles input")
         box.clear()
         box.send_keys(smiles)
-        self.find("#ask").click()
-
-    def wait_for(self, text: str, css: str) -> str:
-        """The text of an element once it has that in it."""
-        self.until(lambda driver: text in self.find(css).text)
-        return self.find(css).text
+        self.click("#ask")
 
 
 @needs_browser
@@ -423,17 +431,17 @@ def test_the_page_in_a_browser(browser, page, predictor, url, asked_hosts, tmp_p
     user.ask(ASPIRIN)
     told = user.wait_for(value_of(ASPIRIN), "#prediction")
     assert HOSTILE in told  # as text: no template and no script
-    user.until(lambda driver: "gap (eV)" in user.find("#picture").text)
-    assert user.find("#picture svg ellipse").is_displayed()
-    assert user.find("#geometry canvas").is_displayed()
+    user.wait_for("gap (eV)", "#picture")
+    user.see("#picture svg ellipse")
+    user.see("#geometry canvas")
     assert user.wait_for("cosine 1.000", "#neighbours").count("cosine") == len(SMILES)
 
     user.ask("C1CC")
     assert "could not be parsed by RDKit: unclosed ring. Fix it." in user.wait_for("Molecule", "#message")
-    assert not browser.find_elements("css selector", "#prediction table")
+    user.until(lambda driver: not driver.find_elements("css selector", "#prediction table"))
     user.ask("CCO")
     user.wait_for(value_of("CCO"), "#prediction")
-    assert not any(element.is_displayed() for element in browser.find_elements("css selector", "#message"))
+    user.until(lambda driver: not driver.find_elements("css selector", "#message p"))
 
     mol = with_geometry("CCO", HOSTILE)
     Chem.MolToMolFile(mol, str(tmp_path / "ethanol.mol"))
@@ -441,13 +449,13 @@ def test_the_page_in_a_browser(browser, page, predictor, url, asked_hosts, tmp_p
     user.wait_for(value_of(mol), "#prediction")
 
     if demo.editor_html():
-        user.find("#draw button").click()
+        user.click("#draw button")
         browser.switch_to.frame(user.find(".editor iframe"))
         user.until(lambda driver: driver.execute_script("return !!window.editor"))
         browser.execute_script("editor.readGenericMolecularInput('c1ccccc1O')")
         user.until(lambda driver: driver.execute_script("return editor.smiles()"))
         browser.switch_to.default_content()
-        user.find("#drawn").click()
+        user.click("#drawn")
         user.wait_for(value_of("c1ccccc1O"), "#prediction")
         assert user.find("#smiles textarea, #smiles input").get_attribute("value") == "Oc1ccccc1"
 
