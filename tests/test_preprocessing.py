@@ -413,9 +413,10 @@ def test_pcqm4mv2_rows_whose_geometry_is_of_another_molecule_or_broken_are_2d(tm
 # The same content however the work is done
 
 
-@pytest.mark.parametrize("size", [RECORDS_A_PART, 57])
-def test_two_processes_give_the_same_content(table, done, tmp_path, monkeypatch, size):
+@pytest.mark.parametrize(("size", "parts_a_life"), [(RECORDS_A_PART, engines.PARTS_A_LIFE), (57, 1)])
+def test_two_processes_give_the_same_content(table, done, tmp_path, monkeypatch, size, parts_a_life):
     monkeypatch.setattr(preprocess, "RECORDS_A_PART", size)
+    monkeypatch.setattr(engines, "PARTS_A_LIFE", parts_a_life)
     preprocess.main([*arguments(table), "--output", str(tmp_path / "out"), "--num_proc", "2"])
     assert same(done, tmp_path / "out")
 

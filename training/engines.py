@@ -25,6 +25,8 @@ ENGINES = ("local", "ray")
 PRELOADED = ["moleblend_hf", "datasets", "accelerate", "matplotlib.figure"]
 KILLED = "had its process killed, as happens when memory runs out"
 PARTS_A_PROCESS = 2  # in work and waiting, so that no process ever waits for the reader
+# Then a process ends and another takes its place: memory that libraries keep for each new shape of a batch, or lose, is bounded.
+PARTS_A_LIFE = 50
 
 
 def run_locally(
@@ -34,7 +36,7 @@ def run_locally(
     # Forked by a server that runs no thread: forks of this process could hang.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with ProcessPool(num_proc, initializer=_end_with_parent, context=context) as pool:
+    with ProcessPool(num_proc, PARTS_A_LIFE, initializer=_end_with_parent, context=context) as pool:
         pending: dict[Any, Part] = {}
 
         def finished() -> Iterator[tuple[int, int]]:
