@@ -27,6 +27,7 @@ from arrow_types import is_nested_list, is_text, is_value, is_values
 from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
 from files import DAMAGE, check_file, check_folder, check_text, open_bytes, open_text, read_head
 from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
+from qm9_ids import qm9_number, read_qm9_ids
 from target_values import MISSING_VALUES, TASKS, check_class_names
 
 HEAD_CHARACTERS = 1 << 20  # of an SDF, in which the end of its first molecule has to be
@@ -696,7 +697,7 @@ def _read_qm9(
     else:
         records = (_checked_join(record, sdf) for record in _join(_read_table(table, columns), texts))
     for record in records:
-        if exclude is not None and not record.stage and _qm9_number(record.id) in excluded:
+        if exclude is not None and not record.stage and qm9_number(record.id) in excluded:
             yield replace(record, stage="excluded", reason=f"is listed in {exclude.name}")
         else:
             yield record
@@ -712,24 +713,6 @@ def _checked_join(record: Record, sdf: Path) -> Record:
     if title != record.id:
         return replace(record, stage="join", reason=f"is {record.id!r} in the table, but {title!r} in {sdf.name}")
     return record
-
-
-def read_qm9_ids(path: Path) -> frozenset[int]:
-    """Numbers of the molecules in a list: lines that start with a number or `gdb_N`, such as QM9's uncharacterized.txt."""
-    check_text(path, "a list of QM9 ids")
-    with open_text(path) as file:
-        tokens = (line.split(None, 1)[0] for line in file if line.strip())
-        numbers = frozenset(number for token in tokens if (number := _qm9_number(token)) is not None)
-    if not numbers:
-        raise ValueError(
-            f"{path} lists no ids: no line starts with a number or gdb_N. Give QM9's uncharacterized.txt."
-        )
-    return numbers
-
-
-def _qm9_number(text: str) -> int | None:
-    number = text.removeprefix("gdb_")
-    return int(number) if number.isdecimal() else None
 
 
 # MoleculeNet
