@@ -72,10 +72,11 @@ def main() -> None:
     for recipe in args.recipes.split(","):
         for seed in map(int, args.seeds.split(",")):
             folder = pretrained(recipe, seed, args, flags)
-            probe = argparse.Namespace(**vars(args) | {"models": str(folder), "modality": SHOWN[recipe]})
-            for name, target, metrics in linear_probe.results(probe):
+            shown = SHOWN[recipe]
+            probes = linear_probe.results([str(folder)], args.data, args.targets, args.part, shown, args.num_molecules)
+            for name, target, metrics in probes:
                 metric, value = next(iter(metrics.items()))
-                title = f"{'random weights' if name == linear_probe.RANDOM else recipe} ({SHOWN[recipe]})"
+                title = f"{'random weights' if name == linear_probe.RANDOM else recipe} ({shown})"
                 found.setdefault((title, f"{target} ({metric})"), []).append(value)
     columns = list(dict.fromkeys(column for _, column in found))
     print("| recipe (probed with) | " + " | ".join(columns) + " |")

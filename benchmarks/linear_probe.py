@@ -62,19 +62,20 @@ def drawn_rows(dataset: PreprocessedDataset, part: str, num: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(len(dataset.splits[part]))[:num])
 
 
-def results(args: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """Checkpoint, target, metrics."""
-    dataset = open_dataset(args.data)
-    targets = args.targets.split(",") if args.targets else [target["name"] for target in dataset.about["targets"]]
-    rows = {part: drawn_rows(dataset, part, args.num_molecules) for part in ("train", args.part)}
-    graphs = {part: graphs_of(dataset.splits[part], rows[part]) for part in rows}
-    labels = {part: labelled(dataset.splits[part], targets).labels[rows[part]] for part in rows}
-    models = args.models.split(",")
-    for name in [*models, RANDOM]:
-        like = models[0] if name == RANDOM else name
-        train, held = (embeddings(name, like, graphs[part], args.modality) for part in ("train", args.part))
-        for column, target in enumerate(targets):
-            yield name, target, probed(train, labels["train"][:, column], held, labels[args.part][:, column])
+def results(
+    models: list[str], data: str, targets: str | None, part: str, modality: str, num_molecules: int
+) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Checkpoint, target, metrics; the arguments are the flags."""
+    dataset = open_dataset(data)
+    names = targets.split(",") if targets else [target["name"] for target in dataset.about["targets"]]
+    rows = {name: drawn_rows(dataset, name, num_molecules) for name in ("train", part)}
+    graphs = {name: graphs_of(dataset.splits[name], found) for name, found in rows.items()}
+    labels = {name: labelled(dataset.splits[name], names).labels[found] for name, found in rows.items()}
+    for model in [*models, RANDOM]:
+        like = models[0] if model == RANDOM else model
+        train, held = (embeddings(model, like, graphs[name], modality) for name in ("train", part))
+        for column, target in enumerate(names):
+            yield model, target, probed(train, labels["train"][:, column], held, labels[part][:, column])
 
 
 def main() -> None:
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--modality", default="auto", choices=("auto", "2d", "3d"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part, at most")
     print("| checkpoint | target | metrics |\n|---|---|---|")
-    for name, target, metrics in results(parser.parse_args()):
+    args = vars(parser.parse_args())
+    for name, target, metrics in results(**args | {"models": args["models"].split(",")}):
         told = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         print(f"| {name if name == RANDOM else Path(name).name} | {target} | {told} |", flush=True)
 

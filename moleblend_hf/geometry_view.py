@@ -27,18 +27,9 @@ except ImportError:
 
 # CPK colours of the elements that organic molecules have; others are pink.
 COLORS = {
-    **{
-        1: "#ffffff",
-        5: "#ffb5b5",
-        6: "#5f6368",
-        7: "#3050f8",
-        8: "#ee2010",
-        9: "#70c040",
-        11: "#ab5cf2",
-        14: "#c8a080",
-    },
-    **{15: "#ff8000", 16: "#e6c200", 17: "#1fb01f", 19: "#8f40d4", 34: "#ffa100", 35: "#a62929", 53: "#940094"},
-}
+    1: "#ffffff", 5: "#ffb5b5", 6: "#5f6368", 7: "#3050f8", 8: "#ee2010", 9: "#70c040", 11: "#ab5cf2", 14: "#c8a080",
+    15: "#ff8000", 16: "#e6c200", 17: "#1fb01f", 19: "#8f40d4", 34: "#ffa100", 35: "#a62929", 53: "#940094",
+}  # fmt: skip
 OTHER_COLOR = "#dd77b0"
 MAX_ELEMENT = 118  # what is above is an atom of no element
 BALL = 0.22  # of van der Waals radii
