@@ -465,13 +465,24 @@ def test_the_content_hash_does_not_depend_on_how_rows_are_cut(done):
 # Interrupts
 
 
+def test_what_is_said_about_the_data_is_kept_and_paths_are_not(tmp_path):
+    said = {"title": "Ours", "citation": "Us (2026).", "license": "mit"}
+    output = run(tmp_path, "smiles\nCCO\n", *(word for name, text in said.items() for word in (f"--{name}", text)))
+    assert about(output)["corpus"] == said | {"homepage": None}
+    card = DatasetCard.load(output / "README.md")
+    assert (card.data.pretty_name, card.data.license) == ("Ours", "mit")
+    assert "Us (2026).\n\nLicence of the data: mit." in card.content
+    assert about(output)["settings"]["input"] == "input.csv"
+    assert str(tmp_path) not in (output / "preprocessing.json").read_text()
+
+
 def test_molecules_of_other_datasets_are_left_out_however_they_are_written(tmp_path):
     (tmp_path / "test").mkdir()
     tested = run(tmp_path / "test", "smiles\nOCC\nc1ccccc1\n")
     output = run(tmp_path, "smiles\nCCO\nCCN\nC1=CC=CC=C1\nCCC\n", "--without", str(tested))
     assert rejected(output) == [
-        (0, "0", "CCO", "excluded", f"is in {tested} (InChIKey)"),
-        (2, "2", "C1=CC=CC=C1", "excluded", f"is in {tested} (InChIKey)"),
+        (0, "0", "CCO", "excluded", f"is in {tested.name} (InChIKey)"),
+        (2, "2", "C1=CC=CC=C1", "excluded", f"is in {tested.name} (InChIKey)"),
     ]
     assert [row["smiles"] for row in pq.read_table(output / "data").to_pylist()] == ["CCN", "CCC"]
     with pytest.raises(ValueError, match="without compares InChIKeys"):

@@ -30,6 +30,7 @@ import data
 import make_sample
 import pretrain
 import push_to_hub
+import release
 import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 from rows import GraphTable, flat_graphs, graph_columns
@@ -109,6 +110,8 @@ def test_a_run_leaves_a_folder_for_the_hub_with_card_curves_and_settings(finishe
         "tensorboard",
     }
     card = ModelCard.load(finished_run / "README.md")
+    assert "QM9 (<http://quantum-machine.org/datasets/>): Ramakrishnan" in card.content
+    assert "Licence: cc0-1.0.\n" in card.content
     assert push_to_hub.problems(finished_run) == []
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"
@@ -612,6 +615,27 @@ def test_a_moving_average_of_the_weights_is_evaluated_saved_and_resumed(dataset,
         run(dataset, tmp_path / "resumed", *flags, "--resume", "auto", model=STILL) / "model.safetensors"
     )
     assert all(torch.equal(average[name], resumed[name]) for name in average)
+
+
+def test_a_release_has_half_the_bytes_and_says_what_that_changes(finished_run, tmp_path, capsys):
+    text = tmp_path / "evaluation.md"
+    text.write_text("### Solubility\n\nAs good as its data.\n")
+    folder = tmp_path / "moleblend-tiny"
+    release.main(["--folder", str(finished_run), "--output", str(folder), "--evaluation", str(text)])
+    assert f"{folder} is the model that was saved" in capsys.readouterr().out
+    assert push_to_hub.problems(folder) == []
+    given, rounded = (load_file(path / "model.safetensors") for path in (finished_run, folder))
+    assert {values.dtype for values in rounded.values()} == {torch.float16}
+    model = MoleBlendForPreTraining.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, given[name].half().float())
+    card = (folder / "README.md").read_text()
+    changed = re.search(r"stored as float16 and loaded as float32: outputs differ .* by (\S+) of\n", card)
+    assert 0 < float(changed[1]) < 1e-2
+    assert "## Evaluation\n\n### Solubility\n\nAs good as its data.\n\n## Limits" in card
+    assert "# MoleBLEND, moleblend-tiny" in card
+    assert "Evaluation" not in (finished_run / "README.md").read_text()
 
 
 def test_what_the_log_says_of_each_window(finished_run):

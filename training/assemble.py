@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from content_hash import ContentHash
 from data import open_dataset
 from parts import REJECTED, Part, target_schema
-from reporting import versions
+from reporting import versions, without_places
 from rows import FORMAT_VERSION
 from sources import Source
 from splits import SCAFFOLD_SPLITS, assign_splits, split_hash
@@ -142,7 +142,8 @@ def assemble(
         "format_version": FORMAT_VERSION,
         "source": source.name,
         "processor": asdict(settings.featurization()),
-        "settings": settings.that_shape_the_content(),
+        "corpus": {name: getattr(source, name) for name in ("title", "citation", "license", "homepage")},
+        "settings": without_places(settings.that_shape_the_content()),
         **vars(assembly),
         "num_rejected": assembly.num_rejected,
         "versions": versions("moleblend_hf", "rdkit", "datasets", "pyarrow", "numpy"),
@@ -213,7 +214,9 @@ def _without_doubles(
         excluded = _inchikeys_of(folder)
         found = keep & np.isin(codes, [code for code, inchikey in enumerate(inchikeys) if inchikey in excluded])
         keep[found] = False
-        reasons.update((int(row), ("excluded", f"is in {folder} (InChIKey)")) for row in np.flatnonzero(found))
+        reasons.update(
+            (int(row), ("excluded", f"is in {Path(folder).name} (InChIKey)")) for row in np.flatnonzero(found)
+        )
     first = _first_with_code(columns.codes("id"), keep)
     if source.id_column is not None and not source.id_guessed:
         drop(first != own, first, "id", "id")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,13 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
 
 
 def open_together(names: Sequence[str]) -> PreprocessedDataset:
-    """Several datasets as one: the rows of a split one dataset after the other, without targets."""
+    """Several datasets as one: the rows of a split one dataset after the other, without targets. `about` has all `corpora`."""
     first, *others = opened = [open_dataset(name) for name in names]
     for other in others:
         other.check(first.processor())
+    about = first.about | {"corpora": [dataset.about["corpus"] for dataset in opened]}
     if not others:
-        return first
+        return replace(first, about=about)
     splits = datasets.DatasetDict()
     for split in dict.fromkeys(split for dataset in opened for split in dataset.splits):
         parts = [dataset.splits[split] for dataset in opened if split in dataset.splits]
@@ -93,8 +94,8 @@ def open_together(names: Sequence[str]) -> PreprocessedDataset:
         splits[split] = datasets.concatenate_datasets(
             [part.select_columns([*columns, *GRAPH_COLUMNS]) for part in parts]
         )
-    with_coordinates = sum(dataset.about["num_with_coordinates"] for dataset in opened)
-    return PreprocessedDataset(", ".join(names), splits, first.about | {"num_with_coordinates": with_coordinates})
+    about["num_with_coordinates"] = sum(dataset.about["num_with_coordinates"] for dataset in opened)
+    return PreprocessedDataset(", ".join(names), splits, about)
 
 
 def is_preprocessed(name: str) -> bool:

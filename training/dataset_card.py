@@ -23,11 +23,10 @@ def write_dataset_card(
 ) -> None:
     """Write README.md and sizes.png into a folder."""
     plot_sizes(assembly, folder / "sizes.png")
-    license = settings.license or source.license
     # Said, because the folder has other Parquet files too.
     data_files = {name: f"data/{name}-*.parquet" for name in assembly.splits}
     metadata = DatasetCardData(
-        license=license,
+        license=source.license,
         pretty_name=source.title,
         size_categories=size_category(assembly.num_kept),
         tags=["chemistry", "molecules", "moleblend"],
@@ -52,7 +51,6 @@ def write_dataset_card(
         atom_features=", ".join(ATOM_FEATURES),
         data_files=data_files,
         command=shlex.join(["python", "training/preprocess.py", *without_places(arguments)]),
-        license=license,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

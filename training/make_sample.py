@@ -9,7 +9,6 @@ else is in the file. The other end of the same order is left to test sets.
 import argparse
 import csv
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -69,22 +68,18 @@ def write_part_of_qm9(qm9: Path, ids: set[str], folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Choose, preprocess, and put the result into OUTPUT; its README.md is written by hand."""
     args = parse_args(argv)
-    qm9, output = args.qm9.resolve(), args.output.resolve()
-    ids = chosen_ids(qm9, args.num_molecules)
-    before = Path.cwd()
+    output = args.output
+    ids = chosen_ids(args.qm9, args.num_molecules)
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # what is recorded about the source must name no path of this machine
-        try:
-            Path("gdb9").mkdir()
-            write_part_of_qm9(qm9, ids, Path("gdb9"))
-            preprocess.main(["--source", "qm9", "--input", "gdb9", "--output", "sample", "--license", "cc0-1.0"])
-            output.mkdir(parents=True, exist_ok=True)
-            for name in KEPT:
-                old = output / name
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-                shutil.move(Path("sample", name), old)
-        finally:
-            os.chdir(before)
+        raw, made = Path(folder, "gdb9"), Path(folder, "sample")
+        raw.mkdir()
+        write_part_of_qm9(args.qm9, ids, raw)
+        preprocess.main(["--source", "qm9", "--input", str(raw), "--output", str(made), "--license", "cc0-1.0"])
+        output.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            old = output / name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            shutil.move(made / name, old)
     print(f"{output}: {sum(path.stat().st_size for path in output.rglob('*')) / 1024:.0f} kB")
 
 

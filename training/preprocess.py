@@ -44,6 +44,7 @@ from units import dimension_of, factor
 # the rest.
 RECORDS_A_PART = 1000
 CONFORMERS_A_PART = 100
+SAID = ("title", "citation", "license")  # by the source or the user, about the data
 DUPLICATES = ("keep", "report", "drop")
 # The field states QM9's energies in eV.
 DEFAULT_CONVERSIONS = {"qm9": {"hartree": "eV"}, "moleculenet/qm8": {"hartree": "eV"}}
@@ -113,7 +114,9 @@ class PreprocessingSettings:
     num_proc: int = setting("output", "processes that featurize; one more reads and writes", 1)
     engine: str = setting("output", "local processes or a Ray cluster", "local", choices=ENGINES)
     rows_per_file: int = setting("output", "rows of a Parquet file", 100_000)
-    license: str | None = setting("output", "licence of the data, for the card; known for some sources", None)
+    title: str | None = setting("output", "name of the data, for the card; known for some sources", None)
+    citation: str | None = setting("output", "whom to cite for them, for the card; known for some sources", None)
+    license: str | None = setting("output", "their licence, for the card; known for some sources", None)
     push_to_hub: str | None = setting("output", "also upload to this dataset of the Hub, user/name", None)
     private: bool = setting("output", "whether that dataset is private", False)
 
@@ -129,7 +132,7 @@ class PreprocessingSettings:
 
     def that_shape_the_content(self) -> dict[str, Any]:
         """All settings but those that say where and how fast."""
-        free = ("output", "overwrite", "num_proc", "engine", "license", "push_to_hub", "private", "conformer_cache")
+        free = ("output", "overwrite", "num_proc", "engine", "push_to_hub", "private", "conformer_cache", *SAID)
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
     def featurization(self) -> FeaturizationSettings:
@@ -144,8 +147,8 @@ def parse_args(argv: list[str] | None = None) -> PreprocessingSettings:
 
 
 def opened_source(settings: PreprocessingSettings) -> Source:
-    """The source that the settings name."""
-    return open_source(
+    """The source that the settings name, with what they say about it."""
+    source = open_source(
         settings.source,
         settings.input,
         smiles_column=settings.smiles_column,
@@ -158,6 +161,9 @@ def opened_source(settings: PreprocessingSettings) -> Source:
         split_column=settings.split_column,
         exclude=settings.exclude,
         delimiter=settings.delimiter,
+    )
+    return dataclasses.replace(
+        source, **{name: said for name in SAID if (said := getattr(settings, name)) is not None}
     )
 
 

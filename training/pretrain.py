@@ -165,6 +165,8 @@ def write_folder(
         config=model.config,
         results=held_out_results(rows),
         figures=run_figures(rows),
+        stored=None,
+        evaluation=None,
         **facts,
     )
 
@@ -273,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_oversized": num_left_out,
         "largest_allowed": limit.largest(),
         "num_with_coordinates": dataset.about["num_with_coordinates"],
+        "corpora": dataset.about["corpora"],
         "num_processes": num_processes,
         "first_step": step,
         "environment": environment(device),
