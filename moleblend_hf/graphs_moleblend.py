@@ -57,7 +57,7 @@ class Budget:
     @classmethod
     def on(cls, device: str, max_tokens: int | None = None, max_pairs: int | None = None) -> "Budget":
         """Returns what is given, and for what is None what suits that type of device: a CPU is fastest in its cache."""
-        usual = cls(2_048, 32_768) if device == "cpu" else cls(16_384, 400_000)
+        usual = cls(2_048, 16_384) if device == "cpu" else cls(16_384, 400_000)
         return cls(max_tokens or usual.max_tokens, max_pairs or usual.max_pairs)
 
     def largest(self) -> int:

@@ -140,8 +140,8 @@ def test_a_saved_folder_holds_its_code_and_the_whole_auto_map(folder):
 
 
 LOAD = """
-import json, torch, transformers
-from transformers import *
+import json, torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoProcessor, {auto}
 model = {auto}.from_pretrained({folder!r}, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
 extractor = AutoFeatureExtractor.from_pretrained({folder!r}, trust_remote_code=True)

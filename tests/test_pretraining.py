@@ -194,7 +194,7 @@ def test_a_budget_that_is_left_to_the_device_is_recorded_and_goes_on_elsewhere_a
     assert (facts["settings"]["max_tokens"], facts["settings"]["max_pairs"]) == (2048, 32768)
     on, checkpoint = pretrain.Budget.on, str(finished_run / "checkpoints" / "step-6")
     assert on("cuda") == pretrain.Budget(16_384, 400_000)
-    assert on("cpu", 16, None) == pretrain.Budget(16, 32_768)
+    assert on("cpu", 16, None) == pretrain.Budget(16, 16_384)
     monkeypatch.setattr(pretrain.Budget, "on", lambda device, *given: on("cuda") if device == "cuda" else on("cpu", 5))
     elsewhere = run(dataset, tmp_path, "--max_steps", "8", "--checkpointing_steps", "3", "--resume", checkpoint)
     assert "other settings" not in caplog.text

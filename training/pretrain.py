@@ -83,7 +83,7 @@ class PretrainingSettings:
     )
     max_pairs: int | None = setting(
         "data",
-        "padded pairs of tokens in one forward: what memory grows with (default: 400,000; on a CPU 32,768)",
+        "padded pairs of tokens in one forward: what memory grows with (default: 400,000; on a CPU 16,384)",
         None,
     )
     oversized: str = setting(
