@@ -5,7 +5,7 @@ r"""What each part of the pretraining is worth: the recipes at an equal number o
 
 Each recipe is a run of training/pretrain.py with `training/configs/RECIPE.yaml`, in OUTPUT_DIR/RECIPE-SEED; one that was stopped
 goes on, one that is finished is not made again. Flags that are not named here go to pretrain.py, the same to all of them.
-Probes (linear_probe.py) see the molecules as the recipe showed them: with both, 2D alone, or 3D alone.
+Probes (linear_probe.py) show the molecules in each way that the recipe trained: bonds alone (2d), geometry alone (3d), both (auto).
 """
 
 import argparse
@@ -22,14 +22,15 @@ from accelerate.state import AcceleratorState, GradientState
 import pretrain
 from settings import as_flags
 
+ALL = ("2d", "3d", "auto")
 # What is shown in a probe is what the recipe trained: the embeddings of the other relations are random.
 SHOWN = {
-    "small": "auto",
-    "ablation_no_blending": "3d",
-    "ablation_2d_only": "2d",
-    "ablation_3d_only": "3d",
-    "ablation_distance_target": "auto",
-    "ablation_no_denoising": "auto",
+    "small": ALL,
+    "ablation_no_blending": ("3d",),
+    "ablation_2d_only": ("2d",),
+    "ablation_3d_only": ("3d",),
+    "ablation_distance_target": ALL,
+    "ablation_no_denoising": ALL,
 }
 CONFIGS = Path(pretrain.__file__).parent / "configs"
 
@@ -56,7 +57,7 @@ def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str
     return folder
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make the runs that are missing, probe all, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset with geometries and parts, as preprocess.py writes it")
@@ -67,17 +68,21 @@ def main() -> None:
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part that a probe sees, at most")
     parser.add_argument("--output_dir", default="outputs/ablations")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
+    folders = {
+        recipe: [str(pretrained(recipe, int(seed), args, flags)) for seed in args.seeds.split(",")]
+        for recipe in args.recipes.split(",")
+    }
     found: dict[tuple[str, str], list[float]] = {}
-    for recipe in args.recipes.split(","):
-        for seed in map(int, args.seeds.split(",")):
-            folder = pretrained(recipe, seed, args, flags)
-            shown = SHOWN[recipe]
-            probes = linear_probe.results([str(folder)], args.data, args.targets, args.part, shown, args.num_molecules)
-            for name, target, metrics in probes:
-                metric, value = next(iter(metrics.items()))
-                title = f"{'random weights' if name == linear_probe.RANDOM else recipe} ({shown})"
-                found.setdefault((title, f"{target} ({metric})"), []).append(value)
+    for shown in ALL:
+        recipe_of = {folder: recipe for recipe, runs in folders.items() if shown in SHOWN[recipe] for folder in runs}
+        if not recipe_of:
+            continue
+        probes = linear_probe.results(list(recipe_of), args.data, args.targets, args.part, shown, args.num_molecules)
+        for folder, target, metrics in probes:
+            metric, value = next(iter(metrics.items()))
+            title = f"{recipe_of.get(folder, 'random weights')} ({shown})"
+            found.setdefault((title, f"{target} ({metric})"), []).append(value)
     columns = list(dict.fromkeys(column for _, column in found))
     print("| recipe (probed with) | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")

@@ -24,7 +24,7 @@ from settings import as_flags
 MODALITIES = {"2d": "bonds alone", "auto": "bonds and DFT geometry"}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make the points that are missing, print and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder of a pretraining")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="100,300,1000,3000", help="training molecules of the points")
     parser.add_argument("--epochs", default="15", help="of all points, or of each size")
     parser.add_argument("--output_dir", default="outputs/learning_curves")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     folder = Path(args.output_dir)
     sizes, epochs = ([int(number) for number in text.split(",")] for text in (args.sizes, args.epochs))
     epochs_of = dict(zip(sizes, epochs * len(sizes) if len(epochs) == 1 else epochs, strict=True))

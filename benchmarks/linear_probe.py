@@ -78,7 +78,7 @@ def results(
             yield model, target, probed(train, labels["train"][:, column], held, labels[part][:, column])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", required=True, help="checkpoint folders, A,B")
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--modality", default="auto", choices=("auto", "2d", "3d"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part, at most")
     print("| checkpoint | target | metrics |\n|---|---|---|")
-    args = vars(parser.parse_args())
+    args = vars(parser.parse_args(argv))
     for name, target, metrics in results(**args | {"models": args["models"].split(",")}):
         told = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         print(f"| {name if name == RANDOM else Path(name).name} | {target} | {told} |", flush=True)

@@ -5,8 +5,8 @@
 
 DIR holds the sets as they are downloaded (bbbp.csv.gz ...). Each set is a run of training/finetune.py with the recipe
 moleculenet_small.yaml (--config for another) and what else is given; a set whose metrics.json is there already is not run
-again. The table is printed as it comes out: test part of the scaffold split, the epoch chosen on validation, mean and sample
-standard deviation over the seeds.
+again. The table is printed as it comes out: test part of the scaffold split (to choose by: --part validation), the epoch chosen on
+validation, mean and sample standard deviation over the seeds.
 """
 
 import argparse
@@ -36,15 +36,16 @@ def results(name: str, args: argparse.Namespace, flags: list[str]) -> dict[str, 
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder of a pretraining")
     parser.add_argument("--data", required=True, help="folder of the CSV files")
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--config", type=Path, default=RECIPE)
+    parser.add_argument("--part", default="test", choices=("validation", "test"), help="that the table is of")
     parser.add_argument("--output_dir", default="outputs/moleculenet")
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     found = {name: results(name, args, flags) for name in args.sets.split(",")}
     columns = list(dict.fromkeys(name for result in found.values() for name in result["models"]))
     print("| set | metric | targets | " + " | ".join(columns) + " | longest run, s |")
@@ -53,7 +54,7 @@ def main() -> None:
         metric = METRICS[result["problem_type"]]
         cells = []
         for column in columns:
-            spread = result["models"].get(column, {}).get("test", {}).get("mean", {}).get(metric)
+            spread = result["models"].get(column, {}).get(args.part, {}).get("mean", {}).get(metric)
             if spread is None or spread["mean"] is None:
                 cells.append("")
             else:

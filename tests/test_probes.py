@@ -1,7 +1,9 @@
-"""Benchmarks of pretraining run from end to end: recipes at equal steps, each probed with what it was shown."""
+"""Benchmarks of pretrained models run from end to end, as RESULTS.md does: probes, ablations, curves, MoleculeNet, recovery."""
 
+import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,22 +18,25 @@ from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "benchmarks")]
 import ablations
+import learning_curves
 import linear_probe
+import moleculenet
 import recovery
 
 SAMPLE = Path(__file__).parents[1] / "training" / "sample"
+ESOL = "measured log solubility in mols per litre"
 TINY = ["--model", "num_hidden_layers=1", "hidden_size=16", "intermediate_size=16", "num_attention_heads=2"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """48 molecules of the sample in two parts, with their number of atoms as a target, and whether it is even."""
+    """48 molecules of the sample in three parts, with their number of atoms as a target, and whether it is even."""
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "data").mkdir()
     table = pq.read_table(next((SAMPLE / "data").glob("*.parquet"))).slice(900, 48)
     sizes = np.array([len(atoms) for atoms in table["atom_features"].to_pylist()], dtype=float)
     table = table.append_column("size", pa.array(sizes)).append_column("even", pa.array(np.arange(48) % 2.0))
-    for part, rows in (("train", table.slice(0, 32)), ("validation", table.slice(32))):
+    for part, rows in (("train", table.slice(0, 24)), ("validation", table.slice(24, 16)), ("test", table.slice(40))):
         pq.write_table(rows, folder / "data" / f"{part}-00000-of-00001.parquet")
     about = json.loads((SAMPLE / "preprocessing.json").read_text())
     about["targets"] = [{"name": "size", "unit": None, "task": "regression"}]
@@ -44,22 +49,21 @@ def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(
 ):
     flags = ["--data", dataset, "--max_steps", "2", "--seeds", "0,1", "--recipes", "small,ablation_2d_only"]
     flags += ["--output_dir", tmp_path, "--batch_size", "8", "--held_out_molecules", "8", "--trackers", "", *TINY]
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, flags)])
-    ablations.main()
+    flags = [str(flag) for flag in flags]
+    ablations.main(flags)
     first = capsys.readouterr().out
     lines = [line for line in first.splitlines() if line.startswith("|")]
     assert lines[0] == "| recipe (probed with) | size (mae) |"
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| small (auto)",
-        "| random weights (auto)",
-        "| ablation_2d_only (2d)",
-        "| random weights (2d)",
+        *("| small (2d)", "| ablation_2d_only (2d)", "| random weights (2d)"),
+        *("| small (3d)", "| random weights (3d)"),
+        *("| small (auto)", "| random weights (auto)"),
     ]
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{recipe}-{seed}" for recipe in ("small", "ablation_2d_only") for seed in (0, 1)
     }
     monkeypatch.setattr(ablations.pretrain, "main", None)  # nothing is trained again
-    ablations.main()
+    ablations.main(flags)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == lines
 
 
@@ -78,11 +82,58 @@ def test_a_probe_finds_what_the_embedding_holds_and_nothing_in_noise():
     assert noise["r2"] < 0.05
 
 
-def test_what_is_recovered_is_told_by_class_with_examples(dataset, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A pretrained checkpoint, but for the pretraining."""
     torch.manual_seed(0)
-    MoleBlendForPreTraining(tiny_config()).save_pretrained(tmp_path)
-    MoleBlendProcessor().save_pretrained(tmp_path)
-    recovery.main(["--model", str(tmp_path), "--data", str(dataset), "--part", "validation", "--num_examples", "2"])
+    folder = tmp_path_factory.mktemp("model")
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(folder)
+    MoleBlendProcessor().save_pretrained(folder)
+    return folder
+
+
+def rows_of(told: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("|")]
+
+
+def test_learning_curves_have_a_point_for_each_size_and_input(model, dataset, tmp_path, on_cpu, capsys):
+    shutil.copytree(dataset, tmp_path / "data")
+    flags = ["--model", model, "--input", "none", "--targets", "size", "--sizes", "8,24", "--epochs", "2,1"]
+    flags = [*map(str, flags), "--batch_size", "8", "--output_dir", str(tmp_path)]
+    learning_curves.main(flags)
+    titles, _, *rows = rows_of(capsys.readouterr().out)
+    assert titles == ["target (MAE)", "input", "8", "24"]
+    assert [row[:2] for row in rows] == [["size", "bonds alone"], ["size", "bonds and DFT geometry"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])
+    for modality, size, epochs in (("2d", 8, 2), ("2d", 24, 1), ("auto", 8, 2), ("auto", 24, 1)):
+        settings = json.loads((tmp_path / f"{modality}-{size}" / "metrics.json").read_text())["settings"]
+        told = (settings["modality"], settings["max_training_molecules"], settings["epochs"])
+        assert told == (modality, size, epochs)
+    assert (tmp_path / "size.png").is_file()
+
+
+def test_sets_of_moleculenet_are_run_once_and_told_by_part(model, tmp_path, on_cpu, monkeypatch, capsys):
+    smiles = [f"{'C' * size}{end}" for size in range(1, 17) for end in ("O", "N", "c1ccccc1", "C1CC1", "C(=O)O")]
+    for name, columns in (("bace", ("mol", "CID", "Class")), ("esol", ("smiles", "Compound ID", ESOL))):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(columns)
+            table.writerows((text, index, (index // 5) % 2) for index, text in enumerate(smiles))
+    flags = ["--model", model, "--data", tmp_path, "--sets", "bace,esol", "--output_dir", tmp_path / "out"]
+    flags = [*map(str, flags), "--epochs", "1", "--seeds", "2", "--split", "random", "--max_training_molecules", "20"]
+    moleculenet.main(flags)
+    titles, _, *rows = rows_of(capsys.readouterr().out)
+    models = ["MoleBLEND, ensemble", "MoleBLEND", "MoleBLEND from scratch", "ECFP4 + random forest"]
+    assert titles == ["set", "metric", "targets", *models, "longest run, s"]
+    assert [row[:3] for row in rows] == [["bace", "roc_auc", "1"], ["esol", "rmse", "1"]]
+    assert all(re.fullmatch(r"\d\.\d{3} ± \d\.\d{3}", cell) for row in rows for cell in row[4:7])
+    monkeypatch.setattr(moleculenet.finetune, "main", None)  # nothing is run again
+    moleculenet.main([*flags, "--part", "validation"])
+    assert [row[:3] for row in rows_of(capsys.readouterr().out)[2:]] == [row[:3] for row in rows]
+
+
+def test_what_is_recovered_is_told_by_class_with_examples(model, dataset, capsys):
+    recovery.main(["--model", str(model), "--data", str(dataset), "--part", "validation", "--num_examples", "2"])
     told = capsys.readouterr().out
     titles = re.findall(r"^(.*): [\d.]+% of ([\d,]+) recovered", told, flags=re.MULTILINE)
     assert [title for title, _ in titles] == [
