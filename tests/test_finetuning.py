@@ -347,8 +347,14 @@ def test_labels_of_the_wrong_kind_are_rejected_rows(base, table, tmp_path):
 
 
 def test_a_dataset_without_the_three_parts_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="has no part 'validation'"):
+    with pytest.raises(ValueError, match=r"has no part 'validation'.*\n?.*Preprocess it with --split scaffold"):
         run(base, TRAINING / "sample", tmp_path / "out", "--targets", "gap")
+    chains = tmp_path / "chains.csv"
+    chains.write_text("SMILES,size\n" + "".join(f"{'C' * size},{size}\n" for size in range(1, 9)))
+    with pytest.raises(
+        ValueError, match=r"The scaffold split puts none of its 8 molecules there: take --split random"
+    ):
+        run(base, chains, tmp_path / "out", "--targets", "size", "--split", "scaffold", "--preprocessing", "limit=8")
 
 
 def test_a_checkpoint_with_another_processor_is_refused(table, base, tmp_path):

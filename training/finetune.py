@@ -186,9 +186,14 @@ class Data:
     def of(cls, dataset: PreprocessedDataset, names: tuple[str, ...]) -> "Data":
         """The training, validation and test rows, one part after the other."""
         if missing := [part for part in PARTS if part not in dataset.splits]:
+            split, num = dataset.about["settings"]["split"] or "given", dataset.about["num_kept"]
+            remedy = (
+                "Preprocess it with --split scaffold (or another), or name the column that holds the part with --split_column."
+                if split == "given"
+                else f"The {split} split puts none of its {num:,} molecules there: take --split random, or more molecules."
+            )
             raise ValueError(
-                f"The dataset {dataset.name!r} has no part {missing[0]!r}; it has {', '.join(dataset.splits)}. Preprocess it "
-                "with --split scaffold (or another), or name the column that holds the part with --split_column."
+                f"The dataset {dataset.name!r} has no part {missing[0]!r}; it has {', '.join(dataset.splits)}. {remedy}"
             )
         rows = datasets.concatenate_datasets([dataset.splits[part] for part in PARTS])
         stops = np.cumsum([0, *(len(dataset.splits[part]) for part in PARTS)])
