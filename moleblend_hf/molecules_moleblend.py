@@ -153,7 +153,8 @@ def describe_molecule(molecule: Any, max_length: int = 80) -> str:
     """Returns a name for a molecule that is short enough for a message."""
     if Chem is not None and isinstance(molecule, Chem.Mol):
         try:
-            text = repr(Chem.MolToSmiles(molecule)) if molecule.GetNumAtoms() <= 1000 else "RDKit molecule"
+            is_large = molecule.GetNumAtoms() > 1000
+            text = "RDKit molecule" if is_large else repr(Chem.MolToSmiles(_without_unknown_chirality(molecule)))
         except RDKIT_ERRORS:
             text = "RDKit molecule"
         if molecule.HasProp("_Name") and molecule.GetProp("_Name"):
@@ -163,6 +164,16 @@ def describe_molecule(molecule: Any, max_length: int = 80) -> str:
     else:
         text = repr(molecule)
     return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text)} characters)"
+
+
+def _without_unknown_chirality(mol: "Chem.Mol") -> "Chem.Mol":
+    """Returns the molecule, or a copy without the tags that stand for nothing RDKit knows: in a ring they crash its SMILES writer."""
+    unknown = [atom.GetIdx() for atom in mol.GetAtoms() if atom.GetChiralTag() == Chem.ChiralType.CHI_OTHER]
+    if unknown:
+        mol = Chem.Mol(mol)
+        for index in unknown:
+            mol.GetAtomWithIdx(index).SetChiralTag(Chem.ChiralType.CHI_UNSPECIFIED)
+    return mol
 
 
 # Reading a molecule
@@ -176,7 +187,7 @@ def parse_molecule(molecule: Any, given: Any, settings: FeaturizationSettings) -
     if isinstance(molecule, str):
         parsed = _parse_smiles(molecule, given, settings)
     elif isinstance(molecule, Chem.Mol):
-        parsed = _parse_mol(Chem.Mol(molecule), given, settings)
+        parsed = _parse_mol(_without_unknown_chirality(Chem.Mol(molecule)), given, settings)
     elif isinstance(molecule, tuple) and len(molecule) == 2:
         parsed = _parse_pair(*molecule, given, settings)
     else:

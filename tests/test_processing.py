@@ -333,6 +333,18 @@ def test_conformers_that_fail_are_fallbacks_in_2d3d_and_rejections_in_3d():
     assert [r.stage for r in processor.rejected] == ["conformer"]
 
 
+def test_chirality_that_rdkit_does_not_know_is_none(processor):
+    """In a ring, RDKit's SMILES writer crashes on it (found by benchmarks/fuzz.py)."""
+    ring, broken = (Chem.MolFromSmiles(smiles, sanitize=False) for smiles in ("OC1CC1", "OC1(F)(Cl)(Br)CC1"))
+    for mol in (ring, broken):
+        mol.GetAtomWithIdx(1).SetChiralTag(Chem.ChiralType.CHI_OTHER)
+    found, expected = (dict(processor(molecule, return_tensors="np")) for molecule in (ring, "OC1CC1"))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert ring.GetAtomWithIdx(1).GetChiralTag() == Chem.ChiralType.CHI_OTHER
+    with pytest.raises(MoleculeError, match=r"'OC1\(F\)\(Cl\)\(Br\)CC1'\) could not be sanitized"):
+        processor(broken)
+
+
 def test_values_never_seen_are_counted(processor):
     processor(["[Na+]", "*C", "CCO"])
     assert processor.unknown_values == {"hybridization": 2, "atomic_num": 1}
