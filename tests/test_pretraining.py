@@ -191,7 +191,7 @@ def test_a_budget_that_is_left_to_the_device_is_recorded_and_goes_on_elsewhere_a
 ):
     """Molecules that are over the budget of a CPU but not of a GPU are trained on, on both."""
     facts = json.loads((finished_run / "training_settings.json").read_text())
-    assert (facts["settings"]["max_tokens"], facts["settings"]["max_pairs"]) == (2048, 32768)
+    assert (facts["settings"]["max_tokens"], facts["settings"]["max_pairs"]) == (2048, 16384)
     on, checkpoint = pretrain.Budget.on, str(finished_run / "checkpoints" / "step-6")
     assert on("cuda") == pretrain.Budget(16_384, 400_000)
     assert on("cpu", 16, None) == pretrain.Budget(16, 16_384)
