@@ -26,9 +26,20 @@ class Sized(Protocol):
 def cut(sizes: np.ndarray, budget: Budget, multiple_of: int = 1) -> list[np.ndarray]:
     """Positions in `sizes` (n,), cut into parts of like size that fit the budget, the largest molecules first.
 
-    Their number is a multiple of `multiple_of`: the costliest part is halved until it is.
+    Their number is a multiple of `multiple_of`: of that many parts the budget is the smallest, so that all cost about the same;
+    where it comes to fewer, the costliest is halved.
     """
     parts = list(budget.cut(sizes))
+    if multiple_of > 1:
+        allowed = -(-len(parts) // multiple_of) * multiple_of
+        enough, too_small = 1.0, 0.0
+        for _ in range(12):
+            share = (enough + too_small) / 2
+            smaller = list(Budget(int(share * budget.max_tokens), int(share * budget.max_pairs)).cut(sizes))
+            if len(smaller) <= allowed:
+                enough, parts = share, smaller
+            else:
+                too_small = share
     while len(parts) % multiple_of:
         if len(parts) == len(sizes):
             raise ValueError(f"{len(sizes):,} molecules cannot be shared by {multiple_of} processes. Take a multiple.")
