@@ -84,7 +84,8 @@ def open_together(names: Sequence[str]) -> PreprocessedDataset:
     first, *others = opened = [open_dataset(name) for name in names]
     for other in others:
         other.check(first.processor())
-    about = first.about | {"corpora": [dataset.about["corpus"] for dataset in opened]}
+    hashes = [dataset.about["content_sha256"] for dataset in opened]
+    about = first.about | {"corpora": [dataset.about["corpus"] for dataset in opened], "content_sha256": hashes}
     if not others:
         return replace(first, about=about)
     splits = datasets.DatasetDict()
@@ -120,6 +121,10 @@ class GraphRows(Dataset[list[tuple[FlatGraphs, np.ndarray]]]):
         """Atoms of each molecule, (n,) int32; the molecules themselves are not read."""
         return self._table.sizes()[self.indices]
 
+    def num_with_coordinates(self) -> int:
+        """How many of the molecules have a geometry."""
+        return int((self._table.num_conformers()[self.indices] > 0).sum())
+
     def __getitems__(self, parts: list[list[int]]) -> list[tuple[FlatGraphs, np.ndarray]]:
         """The graphs at the positions of each part, and their numbers in the split."""
         return [(self._table.take(self.indices[part]), self.indices[part]) for part in parts]
@@ -146,8 +151,19 @@ def _molecules(rows: datasets.Dataset) -> pa.ChunkedArray:
 def collate(
     parts: list[tuple[FlatGraphs, np.ndarray]], processor: MoleBlendProcessor
 ) -> list[dict[str, torch.Tensor]]:
-    """The parts of a step as padded batches, each with the `rows` of the split that it holds."""
-    return [{**processor.pad(graphs), "rows": torch.from_numpy(rows)} for graphs, rows in parts]
+    """The parts of a step as padded batches, each with the `rows` of the split that it holds.
+
+    A part without any geometry has coordinates all the same, which nothing reads: processes that average gradients need every
+    parameter to have one.
+    """
+    padded = []
+    for graphs, rows in parts:
+        batch = dict(processor.pad(graphs))
+        if "coordinates" not in batch:
+            batch["coordinates"] = torch.zeros(*batch["attention_mask"].shape, 3)
+            batch["coordinates_mask"] = torch.zeros(len(rows), dtype=torch.bool)
+        padded.append(batch | {"rows": torch.from_numpy(rows)})
+    return padded
 
 
 def split_held_out(keys: pa.ChunkedArray, num_held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -99,15 +99,20 @@ def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def run_figures(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
-    """What the log says of the run itself, for the card: medians over the logged windows, and the peak of the memory."""
+def run_figures(rows: list[dict[str, float]], batch_size: int) -> list[tuple[str, str]]:
+    """What the log says of the run itself, however often it was resumed: time, medians over the logged windows, memory."""
     units = {
         "molecules_per_second": ("molecules a second", "{:,.0f}"),
         "data_wait_share": ("share of the time spent waiting for data", "{:.1%}"),
         "padded_tokens_share": ("share of padding among the tokens", "{:.1%}"),
         "padded_pairs_share": ("share of padding among the pairs", "{:.1%}"),
     }
-    found = []
+    logged = [row for row in rows if "train/molecules_per_second" in row]
+    before = [0.0, *(row["step"] for row in logged)]
+    molecules = [batch_size * (row["step"] - step) for row, step in zip(logged, before, strict=False)]
+    seconds = sum(num / row["train/molecules_per_second"] for num, row in zip(molecules, logged, strict=True))
+    time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"
+    found = [("time of the steps, without evaluations and checkpoints", time)]
     for name, (title, form) in units.items():
         values = [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
         if values:

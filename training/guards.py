@@ -8,6 +8,16 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
+STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+# Several processes on GPUs agree on a stop so often, in steps: to ask is to wait for the device, but torchrun kills 30 s after SIGTERM.
+STEPS_BETWEEN_QUESTIONS = 10
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """In a worker of a DataLoader: a scheduler signals all processes, and the one that trains needs its workers to save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
 
 class StopRequest:
     """Whether the run is to save and stop: it was sent SIGTERM (or SIGUSR1, as schedulers do before they kill), or its hours are up."""
@@ -17,8 +27,7 @@ class StopRequest:
         self._accelerator = accelerator
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._signal: int | None = None
-        signals = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
-        self._previous = {number: signal.signal(number, self._note) for number in signals}
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -28,11 +37,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def reason(self) -> str | None:
-        """Why to stop now, the same answer for every process; called by all of them at the same step."""
+    def reason(self, step: int) -> str | None:
+        """Why to stop after this step, the same answer for every process; called by all of them after each."""
+        device, num_processes = self._accelerator.device, self._accelerator.num_processes
+        if num_processes > 1 and device.type != "cpu" and step % STEPS_BETWEEN_QUESTIONS:
+            return None
         here = 1 if self._signal is not None else 2 if self._deadline and time.monotonic() > self._deadline else 0
-        if self._accelerator.num_processes > 1:
-            answers = self._accelerator.gather(torch.tensor([here], device=self._accelerator.device)).tolist()
+        if num_processes > 1:
+            answers = self._accelerator.gather(torch.tensor([here], device=device)).tolist()
             here = min((answer for answer in answers if answer), default=0)
         return {0: None, 1: "it was told to stop", 2: "its hours are up"}[here]
 

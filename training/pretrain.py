@@ -2,11 +2,13 @@ r"""Pretrain MoleBLEND by blending, on one process or many, and write a folder t
 
 One minute on CPU      accelerate launch --cpu training/pretrain.py --max_steps 800
 Two minutes on CPU     accelerate launch training/pretrain.py
-One GPU                accelerate launch --num_processes 1 --mixed_precision bf16 training/pretrain.py \
+One GPU                python training/pretrain.py --mixed_precision bf16 \
                            --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
 Eight GPUs             accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 training/pretrain.py \
                            --config training/configs/released.yaml --dataset DIR --output_dir outputs/base
 Continue               the same command with --resume auto
+
+Where a scheduler ends runs with SIGTERM, one process is started with python as above: of one, `accelerate launch` passes no signals on.
 
 The dataset is a folder that preprocess.py wrote, or the name of one on the Hub. Every setting below is a key of the YAML file
 and a flag; a flag wins.
@@ -36,13 +38,13 @@ from transformers import get_cosine_schedule_with_warmup
 from batches import StepBatches, cut, fitting, shared
 from data import collate, open_together, training_and_held_out
 from evaluation import LOSSES, evaluate, held_out_results, run_figures
-from guards import FiniteSteps, StopRequest
+from guards import FiniteSteps, StopRequest, ignore_stop_signals
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
 from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, without_places, write_card
-from run_state import checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
+from run_state import checkpoints_in, find_checkpoint, independent_of_wrapping, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
 
 HERE = Path(__file__).parent
@@ -63,7 +65,9 @@ class PretrainingSettings:
     max_hours: float | None = setting(
         "run", "save and stop after so many hours, to be continued with --resume auto", None
     )
-    num_workers: int = setting("run", "processes that read and pad batches; 0: the one that trains", 0)
+    num_workers: int | None = setting(
+        "run", "processes that read and pad batches; 0: the one that trains (default: 4 on a GPU, else 0)", None
+    )
     trackers: list[str] = setting(
         "run", "of Accelerate, beside metrics.jsonl: tensorboard, wandb ...", ["tensorboard"]
     )
@@ -112,6 +116,9 @@ class PretrainingSettings:
     ema_decay: float | None = setting("optimization", "evaluate and save a moving average of the weights", None)
     max_left_out_steps: int = setting(
         "optimization", "steps in a row with a gradient that is not finite, then abort", 20
+    )
+    gradient_checkpointing: bool = setting(
+        "optimization", "compute each layer twice, so that its states need no memory", False
     )
     compile: bool = setting("optimization", "torch.compile the model, for shapes of any size", False)
     seed: int = setting("optimization", "seed of weights, batch order, draws and dropout", 0)
@@ -164,7 +171,7 @@ def write_folder(
         model_name=f"MoleBLEND, {output_dir.resolve().name}",
         config=model.config,
         results=held_out_results(rows),
-        figures=run_figures(rows),
+        figures=run_figures(rows, facts["settings"]["batch_size"]),
         stored=None,
         evaluation=None,
         **facts,
@@ -191,6 +198,9 @@ def main(argv: list[str] | None = None) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
+    settings = dataclasses.replace(
+        settings, mixed_precision=accelerator.mixed_precision
+    )  # which launch may have chosen
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed steps by rules of its own. FSDP shards as it does: configs/accelerate/fsdp.yaml.")
@@ -202,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
 
     # Data: memory-mapped rows; the held-out molecules are padded once.
-    with accelerator.main_process_first():  # one process writes the cache of datasets, the others read it
+    with accelerator.local_main_process_first():  # one process writes the cache of datasets, the others read it
         dataset = open_together(settings.dataset or [])
     config = MoleBlendConfig(**settings.model)
     processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
@@ -221,6 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(settings.seed)
     model = MoleBlendForPreTraining(config)
     set_seed(settings.seed, device_specific=True)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if settings.compile:
         model.compile(dynamic=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -229,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_sharded:
             raise ValueError("ema_decay needs whole weights on each process, which FSDP shards. Leave it out.")
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).to(device)
+        average.n_averaged = average.n_averaged.cpu()  # read at each step, which must not wait for the device
         accelerator.register_for_checkpointing(average)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -239,11 +252,18 @@ def main(argv: list[str] | None = None) -> None:
         fused=True,
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+    if is_sharded:
+        # Autocast alone chooses the arithmetic: FSDP would round coordinates, norms and losses, which have to stay float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    else:
+        independent_of_wrapping(accelerator)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     step = 0
+    # What the data are, not where they lie.
+    identity = settings.that_shape_the_result() | {"dataset": dataset.about["content_sha256"]}
     if checkpoint is not None:
-        step = load_checkpoint(accelerator, checkpoint, settings.that_shape_the_result())
+        step = load_checkpoint(accelerator, checkpoint, identity)
         if step > settings.max_steps:
             raise ValueError(f"{checkpoint} is at step {step}, beyond max_steps ({settings.max_steps}).")
     batches = StepBatches(
@@ -255,12 +275,14 @@ def main(argv: list[str] | None = None) -> None:
         process_index=accelerator.process_index,
         num_processes=num_processes,
     )
+    num_workers = settings.num_workers if settings.num_workers is not None else 4 * (device.type == "cuda")
     # A generator of its own: DataLoader draws a number when it starts, which must not move the state just restored.
     loader: DataLoader[Any] = DataLoader(
         training_rows,
         batch_sampler=batches,
         collate_fn=padded,
-        num_workers=settings.num_workers,
+        num_workers=num_workers,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
@@ -274,10 +296,9 @@ def main(argv: list[str] | None = None) -> None:
         "num_held_out": len(held_out_rows),
         "num_oversized": num_left_out,
         "largest_allowed": limit.largest(),
-        "num_with_coordinates": dataset.about["num_with_coordinates"],
+        "num_with_coordinates": sum(rows.num_with_coordinates() for rows in (training_rows, held_out_rows)),
         "corpora": dataset.about["corpora"],
         "num_processes": num_processes,
-        "first_step": step,
         "environment": environment(device),
     }
     accelerator.print(
@@ -309,14 +330,12 @@ def main(argv: list[str] | None = None) -> None:
             progress.write(f"step {step:>6,} held out: {titled}")
 
     def checkpoint_now() -> None:
-        save_checkpoint(
-            accelerator, checkpoints, step, settings.that_shape_the_result(), settings.checkpoints_to_keep or None
-        )
+        save_checkpoint(accelerator, checkpoints, step, identity, settings.checkpoints_to_keep or None)
 
     started = time.perf_counter()
     if checkpoint is None or step == settings.max_steps:
         evaluate_and_record()
-    losses, window, reason = torch.zeros(len(LOSSES), device=device), Window(), None
+    losses, window, reason = torch.zeros(2, len(LOSSES), device=device), Window(), None  # sums, and of how many steps
     model.train()
     steps = iter(loader) if step < settings.max_steps else iter(())
     while step < settings.max_steps and reason is None:
@@ -329,18 +348,21 @@ def main(argv: list[str] | None = None) -> None:
         for part in parts:
             seeds = torch.from_numpy(molecule_seeds(settings.seed, epoch, part.pop("rows").numpy()))
             part.update({name: values.to(device, non_blocking=True) for name, values in part.items()})
-            draws.append(drawn(part, seeds.to(device), config))
+            draws.append(drawn(part, seeds.to(device, non_blocking=True), config))
             targets += count_targets(part, draws[-1]["atom_modality_ids"], config)
         # The gradients of the processes are averaged, and those of the parts added: so this is the mean over the step.
         num_targets, scale = None, 1 / len(parts)
         if settings.loss_mean == "step":
             num_targets, scale = accelerator.reduce(targets, "sum"), num_processes
+        of_step = torch.zeros(len(LOSSES), device=device)
         for index, (part, draw) in enumerate(zip(parts, draws, strict=True)):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last or is_sharded else accelerator.no_sync(model):
                 outputs = model(**part, **draw, num_targets=num_targets)
                 accelerator.backward(outputs.loss * scale)
-            losses += torch.stack([outputs[name].detach() for name in LOSSES]) * scale / num_processes
+            of_step += torch.stack([outputs[name].detach() for name in LOSSES]) * scale / num_processes
+        is_finite = of_step.isfinite()
+        losses += torch.stack([torch.where(is_finite, of_step, 0.0), is_finite])
         finite.before_step(step + 1, accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
         optimizer.step()
         scheduler.step()
@@ -352,8 +374,9 @@ def main(argv: list[str] | None = None) -> None:
         progress.update()
         is_logged = step % settings.logging_steps == 0 or step == settings.max_steps
         if is_logged:
-            num_steps = window.num_steps
-            means = accelerator.reduce(losses, "sum") / num_steps
+            totals, counts = accelerator.reduce(losses, "sum")
+            # Each process adds its share of a step, and counts the step.
+            means = totals / (counts / num_processes).clamp(min=1)
             values = dict(zip(LOSSES, means.tolist(), strict=True))
             log.write(
                 step,
@@ -366,12 +389,14 @@ def main(argv: list[str] | None = None) -> None:
                     batches.batch(bad - 1, batches.order((bad - 1) // batches.steps_per_epoch))
                 ]
                 log.write(bad, {"train/left_out": 1.0})
-                progress.write(f"step {bad:>6,} left out: its gradient is not finite. Rows: {rows[:8].tolist()} ...")
+                if accelerator.is_main_process:
+                    with (output_dir / "left_out_steps.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"step": bad, "rows": rows.tolist()}) + "\n")
+                    progress.write(f"step {bad:>6,} left out: its gradient is not finite. Its rows: {file.name}")
             titled = ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
             progress.set_postfix_str(f"{window.rate:.0f} molecules/s, {titled}")
             losses.zero_()
-        if is_logged or device.type == "cpu":  # elsewhere, to ask is to wait for the device
-            reason = stop.reason()
+        reason = stop.reason(step)
         with window.paused():  # molecules/s is that of training alone
             if step % settings.eval_steps == 0 or step == settings.max_steps:
                 evaluate_and_record()

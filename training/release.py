@@ -20,6 +20,7 @@ from reporting import read_metrics, write_card
 
 SETTINGS_FILE, METRICS_FILE = "training_settings.json", "metrics.jsonl"
 COPIED = (SETTINGS_FILE, METRICS_FILE, "losses.png", FACTS_FILE, OUTPUTS_FILE)
+LICENSE = Path(__file__).parents[1] / "LICENSE"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         shutil.copyfile(args.folder / name, args.output / name)
+    shutil.copyfile(LICENSE, args.output / LICENSE.name)
     model.save_pretrained(
         args.output, state_dict=weights
     )  # the config keeps the dtype of the model: that it is loaded in
@@ -56,20 +58,24 @@ def main(argv: list[str] | None = None) -> None:
     change = max(verify(args.output).deviations.values())
     write_reference_outputs(MoleBlendForPreTraining.from_pretrained(args.output), processor, args.output)
     rows = read_metrics(args.output / METRICS_FILE)
+    facts = json.loads((args.output / SETTINGS_FILE).read_text(encoding="utf-8"))
     write_card(
         args.output / "README.md",
         model_name=f"MoleBLEND, {args.output.resolve().name}",
         config=model.config,
         results=held_out_results(rows),
-        figures=run_figures(rows),
+        figures=run_figures(rows, facts["settings"]["batch_size"]),
         stored={"dtype": args.dtype, "change": change},
         evaluation=args.evaluation.read_text(encoding="utf-8") if args.evaluation else None,
-        **json.loads((args.output / SETTINGS_FILE).read_text(encoding="utf-8")),
+        **facts,
     )
+    report = verify(args.output)
+    if not report.ok:
+        raise SystemExit(str(report))
     print(
-        f"{args.output}: weights as {args.dtype}, which changes outputs by {change:.1e} of the largest value, at most"
+        f"{args.output}: weights as {args.dtype}, which changes the reference outputs by up to {change:.1e} of the largest"
     )
-    print(verify(args.output))
+    print(report)
 
 
 if __name__ == "__main__":

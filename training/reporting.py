@@ -31,7 +31,9 @@ class MetricsLog:
         self.accelerator, self.path = accelerator, path
         if accelerator.is_main_process:
             kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.replace(path)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the measurements of a step."""
@@ -42,8 +44,9 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All lines of a `metrics.jsonl`; none if it does not exist."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """All lines of a `metrics.jsonl`, without a last one that was cut short; none if it does not exist."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path) -> None:
@@ -123,11 +126,20 @@ def environment(device: torch.device) -> dict[str, Any]:
             "moleblend_hf", "torch", "transformers", "accelerate", "datasets", "numpy", "rdkit", "pyarrow"
         ),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_processor()}",
         "threads": torch.get_num_threads(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def without_places(value: Any) -> Any:

@@ -92,6 +92,10 @@ class GraphTable:
         """Atoms of each row, (n,) int32."""
         return np.concatenate([np.diff(starts) for starts, _ in self._atoms])
 
+    def num_conformers(self) -> np.ndarray:
+        """Geometries of each row, (n,) int32."""
+        return np.concatenate(self._num_conformers)
+
     def take(self, rows: np.ndarray) -> FlatGraphs:
         """The graphs of some rows, in their order."""
         batch = np.searchsorted(self._stops, rows, side="right")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
@@ -27,7 +28,8 @@ def save_checkpoint(
     """
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*.partial"):  # by a run that was ended while it saved
+            shutil.rmtree(left)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
@@ -40,6 +42,7 @@ def save_checkpoint(
         }
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         _on_disk(partial / STATE_FILE)
+        _sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync_folder(folder)
@@ -69,8 +72,26 @@ def _sync_folder(folder: Path) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*") if (path / STATE_FILE).is_file()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def independent_of_wrapping(accelerator: Accelerator) -> None:
+    """Let checkpoints hold the names of the model's weights as they are without DDP, so that any number of processes resumes."""
+
+    def without_prefix(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        for states in weights:
+            for name in list(states):
+                states[name.removeprefix("module.")] = states.pop(name)
+
+    def unwrapped(models: list[torch.nn.Module], folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(without_prefix)
+    accelerator.register_load_state_pre_hook(unwrapped)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -94,16 +115,25 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        for checkpoint in reversed(checkpoints_in(folder)):
+        found = checkpoints_in(folder)
+        for checkpoint in reversed(found):
             if (reason := damage(checkpoint)) is None:
                 return checkpoint
             logging.warning(f"{checkpoint} is damaged and is not resumed from: {reason}.")
+        if found:
+            raise ValueError(f"Each checkpoint in {str(folder)!r} is damaged. Start anew with --overwrite.")
         return None
     if not (Path(resume) / STATE_FILE).is_file():
         there = ", ".join(str(path) for path in checkpoints_in(folder)) or "none"
         raise FileNotFoundError(f"{resume!r} is no checkpoint. Complete ones in {str(folder)!r}: {there}.")
     if reason := damage(Path(resume)):
         raise ValueError(f"The checkpoint {resume!r} is damaged: {reason}. Resume from an older one, or with auto.")
+    step = _step(Path(resume))
+    if later := [path.name for path in checkpoints_in(folder) if _step(path) > step]:
+        raise ValueError(
+            f"{str(folder)!r} holds {', '.join(later)}, which --resume auto would go on with after a run from {resume!r} is "
+            "interrupted. Delete what is later, or take another --output_dir."
+        )
     return Path(resume)
 
 
