@@ -5,11 +5,13 @@ r"""What each part of the pretraining is worth: the recipes at an equal number o
 
 Each recipe is a run of training/pretrain.py with `training/configs/RECIPE.yaml`, in OUTPUT_DIR/RECIPE-SEED; one that was stopped
 goes on, one that is finished is not made again. Flags that are not named here go to pretrain.py, the same to all of them.
-Probes (linear_probe.py) show the molecules in each way that the recipe trained: bonds alone (2d), geometry alone (3d), both (auto).
+Probes (linear_probe.py) show the molecules in each way that the recipe trained: bonds alone (2d), distances alone (3d), both (auto);
+atoms and their features are shown in all of them. Compare recipes within one way. `random weights` is one draw.
 """
 
 import argparse
 import gc
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import linear_probe
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
+from kept_runs import check_settings
 
 import pretrain
 from settings import as_flags
@@ -38,18 +41,22 @@ CONFIGS = Path(pretrain.__file__).parent / "configs"
 def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str]) -> Path:
     """The folder of a run, made if it is not there."""
     folder = Path(args.output_dir, f"{recipe}-{seed}")
-    if not (folder / "model.safetensors").is_file():
-        settings = {
-            "config": CONFIGS / f"{recipe}.yaml",
-            "dataset": args.data,
-            "output_dir": folder,
-            "resume": "auto" if folder.exists() else None,
-            "max_steps": args.max_steps,
-            "warmup_steps": args.max_steps // 10,
-            "eval_steps": args.max_steps,
-            "seed": seed,
-        }
-        pretrain.main(as_flags(settings) + flags)
+    settings = {
+        "config": CONFIGS / f"{recipe}.yaml",
+        "dataset": args.data,
+        "output_dir": folder,
+        "resume": "auto" if folder.exists() else None,
+        "max_steps": args.max_steps,
+        "warmup_steps": args.max_steps // 10,
+        "eval_steps": args.max_steps,
+        "seed": seed,
+    }
+    asked = as_flags(settings) + flags
+    if (folder / "model.safetensors").is_file():
+        made = json.loads((folder / "training_settings.json").read_text(encoding="utf-8"))
+        check_settings(folder, made["settings"], pretrain.parse_args(asked))
+    else:
+        pretrain.main(asked)
         # One run after the other in one process: Accelerate keeps what the first one chose.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -79,10 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         if not recipe_of:
             continue
         probes = linear_probe.results(list(recipe_of), args.data, args.targets, args.part, shown, args.num_molecules)
-        for folder, target, metrics in probes:
-            metric, value = next(iter(metrics.items()))
-            title = f"{recipe_of.get(folder, 'random weights')} ({shown})"
-            found.setdefault((title, f"{target} ({metric})"), []).append(value)
+        for name, kind, target, metrics in probes:
+            if kind == linear_probe.BOTH:
+                metric, value = next(iter(metrics.items()))
+                title = f"{recipe_of.get(name, name)} ({shown})"
+                found.setdefault((title, f"{target} ({metric})"), []).append(value)
     columns = list(dict.fromkeys(column for _, column in found))
     print("| recipe (probed with) | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")

@@ -1,23 +1,26 @@
 """Error against the number of training molecules, with the geometry and without: QM9's gap and dipole moment, or targets of yours.
 
-    python benchmarks/learning_curves.py --model outputs/small --input DIR_OF_QM9 --sizes 1000,3000,10000 --epochs 30,15,8 --seeds 3
+    python benchmarks/learning_curves.py --model outputs/small --input data/qm9 --sizes 1000,3000,10000 --epochs 30,15,8 --seeds 3
+    python benchmarks/learning_curves.py ... --from_scratch also --baseline          # the same from random weights, and a random forest
 
 Each point is a run of training/finetune.py on so many molecules of the training part, drawn at random; validation and test
-are the same for all, and the epoch is chosen on validation. Flags that are not named here go to finetune.py. Points that are
-there already are not made again, nor is OUTPUT_DIR/data: a dataset of other parts may be put there.
+are the same for all, and the epoch is chosen on validation. Flags that are not named here go to finetune.py; points that are
+there already are not made again. A preprocessed input is taken with its parts, as it has to be where the pretraining saw some
+of its molecules; a raw one is preprocessed in OUTPUT_DIR/data and split at random.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import numpy as np
+from kept_runs import finetuned
 
-import finetune
 import preprocess
+from data import is_preprocessed
+from report import ENSEMBLE, MODEL
 from result_plots import plot_learning_curves
 from settings import as_flags
 
@@ -28,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the points that are missing, print and plot them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder of a pretraining")
-    parser.add_argument("--input", required=True, help="folder of gdb9.sdf and gdb9.sdf.csv, or what SOURCE is")
+    parser.add_argument("--input", required=True, help="dataset that preprocess.py wrote, or what SOURCE reads")
     parser.add_argument("--source", default="qm9")
     parser.add_argument("--targets", default="gap,mu")
     parser.add_argument("--sizes", default="100,300,1000,3000", help="training molecules of the points")
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     sizes, epochs = ([int(number) for number in text.split(",")] for text in (args.sizes, args.epochs))
     epochs_of = dict(zip(sizes, epochs * len(sizes) if len(epochs) == 1 else epochs, strict=True))
-    data = folder / "data"
+    data = Path(args.input) if is_preprocessed(args.input) else folder / "data"
     if not data.exists():
         preprocess.main(
             as_flags(
@@ -51,33 +54,29 @@ def main(argv: list[str] | None = None) -> None:
                 }
             )
         )
-    errors: dict[str, dict[str, dict[int, list[float]]]] = {}  # by target, input, size: those of the seeds
+    errors: dict[str, dict[str, dict[int, list[float]]]] = {}  # by target, curve, size: those of the seeds
     for modality, title in MODALITIES.items():
         for size in sizes:
-            run = folder / f"{modality}-{size}"
-            if not (run / "metrics.json").is_file():
-                finetune.main(
-                    as_flags(
-                        {
-                            "model": args.model,
-                            "input": data,
-                            "targets": args.targets,
-                            "modality": modality,
-                            "max_training_molecules": size,
-                            "epochs": epochs_of[size],
-                            "patience": epochs_of[size],
-                            "output_dir": run,
-                            "overwrite": True,
-                            "baseline": False,
-                        }
+            settings = {
+                "model": args.model,
+                "input": data,
+                "targets": args.targets,
+                "modality": modality,
+                "max_training_molecules": size,
+                "epochs": epochs_of[size],
+                "patience": epochs_of[size],
+                "output_dir": folder / f"{modality}-{size}",
+                "baseline": False,
+            }
+            for name, model in finetuned(as_flags(settings) + flags)["models"].items():
+                if name == ENSEMBLE:
+                    continue
+                for target in args.targets.split(","):
+                    curve = errors.setdefault(target, {}).setdefault(
+                        title if name == MODEL else f"{title}, {name}", {}
                     )
-                    + flags
-                )
-            runs = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["models"]["MoleBLEND"]["runs"]
-            for target in args.targets.split(","):
-                found = [one["test"]["targets"][target]["mae"] for one in runs]
-                errors.setdefault(target, {}).setdefault(title, {})[size] = found
-    print("| target (MAE) | input | " + " | ".join(map(str, sizes)) + " |")
+                    curve[size] = [run["test"]["targets"][target]["mae"] for run in model["runs"]]
+    print("| target (MAE) | input, model | " + " | ".join(map(str, sizes)) + " |")
     print("|---" * (2 + len(sizes)) + "|")
     for target, curves in errors.items():
         for title, curve in curves.items():

@@ -3,9 +3,10 @@
     python benchmarks/linear_probe.py --models outputs/small,outputs/other --data data/qm9 --targets gap,homo,lumo,mu,alpha
     python benchmarks/linear_probe.py --models outputs/small --data data/bbbp --part test        # once, at the end
 
-Embeddings are the state of the graph token beside the mean over the atoms, standardised; on them ridge regression, or logistic
-regression of binary targets, is fitted to molecules of the training part, its penalty chosen by cross-validation among them. A
-row is a checkpoint and a target. `random` beside the checkpoints is the first one's architecture with random weights.
+Embeddings are the state of the graph token, the mean over the atoms, and both side by side, standardised; on them ridge regression,
+or logistic regression of binary targets, is fitted to molecules of the training part, its penalty chosen by cross-validation among
+them. A row is a checkpoint, an embedding and a target. Yardsticks are the first checkpoint's architecture with random weights (one
+draw), and ECFP4 fingerprints.
 """
 
 import argparse
@@ -24,22 +25,25 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data import PreprocessedDataset, open_dataset
+from fingerprints import fingerprints
 from labels import graphs_of, labelled
 from moleblend_hf import MoleBlendModel, MoleBlendProcessor, MolecularGraph, embed_graphs
 
 PENALTIES = np.logspace(-2, 6, 17)
-RANDOM = "random"
+RANDOM, ECFP4 = "random weights", "ECFP4"
+BOTH = "both"
 
 
-def embeddings(name: str, like: str, graphs: list[MolecularGraph], modality: str) -> np.ndarray:
-    """(n, 2 hidden_size) of graphs by a checkpoint, or by random weights in the shape of another."""
+def embeddings(name: str, like: str, graphs: list[MolecularGraph], modality: str) -> dict[str, np.ndarray]:
+    """(n, hidden_size) or twice that of graphs by a checkpoint, or by random weights in the shape of another."""
     model = MoleBlendModel.from_pretrained(like)
     if name == RANDOM:
         torch.manual_seed(0)
         model = MoleBlendModel(model.config)
     processor = MoleBlendProcessor.from_pretrained(like, modality=modality)
-    atoms = embed_graphs(model, processor, graphs, atoms=True)
-    return np.hstack([embed_graphs(model, processor, graphs), np.stack([each.mean(0) for each in atoms])])
+    token = np.stack(embed_graphs(model, processor, graphs))
+    atoms = np.stack([states.mean(0) for states in embed_graphs(model, processor, graphs, atoms=True)])
+    return {"graph token": token, "mean of atoms": atoms, BOTH: np.hstack([token, atoms])}
 
 
 def probed(train: np.ndarray, labels: np.ndarray, held: np.ndarray, measured: np.ndarray) -> dict[str, float]:
@@ -64,18 +68,25 @@ def drawn_rows(dataset: PreprocessedDataset, part: str, num: int) -> np.ndarray:
 
 def results(
     models: list[str], data: str, targets: str | None, part: str, modality: str, num_molecules: int
-) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """Checkpoint, target, metrics; the arguments are the flags."""
+) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+    """Checkpoint, embedding, target, metrics; the arguments are the flags."""
     dataset = open_dataset(data)
     names = targets.split(",") if targets else [target["name"] for target in dataset.about["targets"]]
     rows = {name: drawn_rows(dataset, name, num_molecules) for name in ("train", part)}
     graphs = {name: graphs_of(dataset.splits[name], found) for name, found in rows.items()}
     labels = {name: labelled(dataset.splits[name], names).labels[found] for name, found in rows.items()}
-    for model in [*models, RANDOM]:
-        like = models[0] if model == RANDOM else model
-        train, held = (embeddings(model, like, graphs[name], modality) for name in ("train", part))
-        for column, target in enumerate(names):
-            yield model, target, probed(train, labels["train"][:, column], held, labels[part][:, column])
+    for model in [*models, RANDOM, ECFP4]:
+        if model == ECFP4:
+            found = {name: {ECFP4: fingerprints(dataset.splits[name].select(rows[name])["smiles"])} for name in rows}
+        else:
+            like = models[0] if model == RANDOM else model
+            found = {name: embeddings(model, like, graphs[name], modality) for name in rows}
+        for kind in found[part]:
+            for column, target in enumerate(names):
+                (train, known), (held, measured) = (
+                    (found[name][kind], labels[name][:, column]) for name in ("train", part)
+                )
+                yield model, kind, target, probed(train, known, held, measured)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,11 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--modality", default="auto", choices=("auto", "2d", "3d"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part, at most")
-    print("| checkpoint | target | metrics |\n|---|---|---|")
+    print("| checkpoint | embedding | target | metrics |\n|---|---|---|---|")
     args = vars(parser.parse_args(argv))
-    for name, target, metrics in results(**args | {"models": args["models"].split(",")}):
+    for name, kind, target, metrics in results(**args | {"models": args["models"].split(",")}):
         told = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
-        print(f"| {name if name == RANDOM else Path(name).name} | {target} | {told} |", flush=True)
+        print(f"| {Path(name).name} | {kind} | {target} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -97,13 +96,15 @@ def rows_of(told: str) -> list[list[str]]:
 
 
 def test_learning_curves_have_a_point_for_each_size_and_input(model, dataset, tmp_path, on_cpu, capsys):
-    shutil.copytree(dataset, tmp_path / "data")
-    flags = ["--model", model, "--input", "none", "--targets", "size", "--sizes", "8,24", "--epochs", "2,1"]
-    flags = [*map(str, flags), "--batch_size", "8", "--output_dir", str(tmp_path)]
+    flags = ["--model", model, "--input", dataset, "--targets", "size", "--sizes", "8,24", "--epochs", "2,1"]
+    flags = [*map(str, flags), "--batch_size", "8", "--output_dir", str(tmp_path), "--from_scratch", "also"]
     learning_curves.main(flags)
     titles, _, *rows = rows_of(capsys.readouterr().out)
-    assert titles == ["target (MAE)", "input", "8", "24"]
-    assert [row[:2] for row in rows] == [["size", "bonds alone"], ["size", "bonds and DFT geometry"]]
+    assert titles == ["target (MAE)", "input, model", "8", "24"]
+    assert [row[1] for row in rows] == [
+        *("bonds alone", "bonds alone, MoleBLEND from scratch"),
+        *("bonds and DFT geometry", "bonds and DFT geometry, MoleBLEND from scratch"),
+    ]
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
     for modality, size, epochs in (("2d", 8, 2), ("2d", 24, 1), ("auto", 8, 2), ("auto", 24, 1)):
         settings = json.loads((tmp_path / f"{modality}-{size}" / "metrics.json").read_text())["settings"]
@@ -124,12 +125,23 @@ def test_sets_of_moleculenet_are_run_once_and_told_by_part(model, tmp_path, on_c
     moleculenet.main(flags)
     titles, _, *rows = rows_of(capsys.readouterr().out)
     models = ["MoleBLEND, ensemble", "MoleBLEND", "MoleBLEND from scratch", "ECFP4 + random forest"]
-    assert titles == ["set", "metric", "targets", *models, "longest run, s"]
-    assert [row[:3] for row in rows] == [["bace", "roc_auc", "1"], ["esol", "rmse", "1"]]
-    assert all(re.fullmatch(r"\d\.\d{3} ± \d\.\d{3}", cell) for row in rows for cell in row[4:7])
-    monkeypatch.setattr(moleculenet.finetune, "main", None)  # nothing is run again
-    moleculenet.main([*flags, "--part", "validation"])
-    assert [row[:3] for row in rows_of(capsys.readouterr().out)[2:]] == [row[:3] for row in rows]
+    assert titles == ["set", "metric", "targets scored", "trained on", *models, "ahead", "longest run, s"]
+    assert [row[:4] for row in rows] == [["bace", "roc_auc", "1 of 1", "20"], ["esol", "rmse", "1 of 1", "20"]]
+    assert all(re.fullmatch(r"\d\.\d{3} ± \d\.\d{3}", cell) for row in rows for cell in row[5:8])
+    assert all(re.fullmatch(r"[012] of 2", row[8]) for row in rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(moleculenet.finetune, "main", None)  # nothing is run again
+        moleculenet.main([*flags, "--part", "validation"])
+        assert [row[:3] for row in rows_of(capsys.readouterr().out)[2:]] == [row[:3] for row in rows]
+        with pytest.raises(ValueError, match=r"bace holds a run with epochs=1, but 2 is asked for. Take another"):
+            moleculenet.main([*flags, "--epochs", "2"])
+    moleculenet.main([*flags, "--sets", "esol", "--draws", "2"])
+    titles, _, row = rows_of(capsys.readouterr().out)
+    assert titles[4:7] == models[1:]
+    drawn = [json.loads((tmp_path / "out" / f"esol-{draw}" / "metrics.json").read_text()) for draw in (0, 1)]
+    assert drawn[0]["split"]["parts"]["train"] != drawn[1]["split"]["parts"]["train"]
+    rmse = [found["models"]["MoleBLEND"]["runs"][0]["test"]["mean"]["rmse"] for found in drawn]
+    assert row[4] == f"{np.mean(rmse):.3f} ± {np.std(rmse, ddof=1):.3f}"
 
 
 def test_what_is_recovered_is_told_by_class_with_examples(model, dataset, capsys):
@@ -137,13 +149,17 @@ def test_what_is_recovered_is_told_by_class_with_examples(model, dataset, capsys
     told = capsys.readouterr().out
     titles = re.findall(r"^(.*): [\d.]+% of ([\d,]+) recovered", told, flags=re.MULTILINE)
     assert [title for title, _ in titles] == [
-        "In a blend, shortest paths",
-        "In a blend, types of bonds",
-        "From the geometry alone, shortest paths",
-        "From the geometry alone, types of bonds",
+        "In a blend, shortest paths of pairs that show their distance",
+        "In a blend, shortest paths of pairs that show their bonds",
+        "In a blend, types of bonds of pairs that show their distance",
+        "In a blend, types of bonds of pairs that show their shortest path",
+        "From distances alone, shortest paths",
+        "From distances alone, types of bonds",
     ]
     tables = re.findall(r"^\| ([\w ]+) \| ([\d,]+) \|", told, flags=re.MULTILINE)
-    assert dict(tables)["1 bond"] == titles[3][1]  # each bond has a type
+    assert dict(tables)["1 bond"] == titles[5][1]  # each bond has a type
     numbers = [int(num.replace(",", "")) for _, num in titles]
-    assert numbers[0] < numbers[2]  # in a blend, some pairs show what is asked
+    assert numbers[0] + numbers[1] < numbers[4]  # in a blend, some pairs show what is asked
+    perceived = re.search(r"DetermineConnectivity: ([\d.]+)% of the shortest paths", told)
+    assert float(perceived[1]) > 95  # of QM9's DFT geometries
     assert len(re.findall(r"^- `.*angstrom apart: \d+ bonds, (?:recovered|mistaken) as \d+", told, re.MULTILINE)) >= 2

@@ -227,6 +227,7 @@ class Trained:
     score: float  # of validation; higher is better
     epochs: int  # after which it was taken
     seconds: float
+    ended_by_time: int | None = None  # after how many epochs, if max_minutes did
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -357,9 +358,10 @@ class Finetuning:
         )
         model = self.new_model(seed, from_scratch)
         freeze(model, 0 if from_scratch else settings.frozen_layers)
+        layer_decay = 1.0 if from_scratch else settings.layer_decay  # which is for layers that know something
         set_seed(seed, device_specific=True)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.learning_rate, settings.layer_decay, settings.weight_decay), fused=True
+            parameter_groups(model, settings.learning_rate, layer_decay, settings.weight_decay), fused=True
         )
         num_steps = settings.epochs * batches.steps_per_epoch
         scheduler = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup_fraction * num_steps), num_steps)
@@ -398,7 +400,8 @@ class Finetuning:
             )
             if epoch - best.epochs >= settings.patience:
                 break
-            if settings.max_minutes is not None and seconds > 60 * settings.max_minutes:
+            if settings.max_minutes is not None and seconds > 60 * settings.max_minutes and epoch < settings.epochs:
+                best = dataclasses.replace(best, ended_by_time=epoch)
                 break
         progress.close()
         model.load_state_dict(weights)
@@ -490,7 +493,8 @@ def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarra
         }
         one = dataclasses.replace(finetuning, settings=dataclasses.replace(finetuning.settings, **tried))
         title = f"trial {trial.number + 1} of {finetuning.settings.search_trials}"
-        return one.train(training, validation, finetuning.settings.seed, False, title).score
+        from_scratch = finetuning.settings.from_scratch == "only"
+        return one.train(training, validation, finetuning.settings.seed, from_scratch, title).score
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=finetuning.settings.seed)
@@ -620,6 +624,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for seed, training_rows, validation_rows in cuts:
             title = f"{name}, {'fold' if settings.folds else 'seed'} {seed}"
             trained = finetuning.train(training_rows, validation_rows, seed, name == FROM_SCRATCH, title)
+            if trained.ended_by_time is not None:
+                warnings.append(
+                    f"{title}: ended by max_minutes after {trained.ended_by_time} of {settings.epochs} epochs, so another machine "
+                    "may come to other figures."
+                )
             values = [finetuning.predict(trained.model, rows) for rows in (validation_rows, test)]
             predicted = [
                 data.predicted(rows, part) for rows, part in zip((validation_rows, test), values, strict=True)

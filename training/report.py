@@ -234,11 +234,13 @@ def comparisons(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[
     for other in (BASELINE, FROM_SCRATCH):
         if other not in experiment.names or other == experiment.reported:
             continue
+        # From scratch there are single models: an ensemble would win by being one.
+        name = MODEL if other == FROM_SCRATCH and MODEL in experiment.names else experiment.reported
         for metric in METRICS[experiment.problem_type]:
             if metric in IN_UNITS and len(set(experiment.target_units)) > 1:
-                found = _compared_by_target(results["models"], experiment.reported, other, metric)
+                found = _compared_by_target(results["models"], name, other, metric)
             else:
-                found = _compared(results["models"], experiment.reported, other, metric)
+                found = _compared(results["models"], name, other, metric)
             yield f"{TITLES[metric]}: {found}"
 
 
