@@ -391,7 +391,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--max_tokens", type=int, help="of a part, as in pretrain.py")
     parser.add_argument("--max_pairs", type=int, help="of a part, as in pretrain.py")
-    parser.add_argument("--num_workers", type=int, help="of the DataLoader (default: 0; on a GPU 8)")
+    parser.add_argument(
+        "--num_workers", type=int, help="of the DataLoader (default: 0; on a GPU 4, as in pretrain.py)"
+    )
     parser.add_argument("--num_threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which takes minutes to start")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants whose names begin so")
@@ -400,7 +402,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
     for name, on_cpu_value, on_gpu_value in (
-        ("batch_size", 96, 4096), ("steps", 1, 10), ("warm_steps", 0, 5), ("num_workers", 0, 8),
+        ("batch_size", 96, 4096), ("steps", 1, 10), ("warm_steps", 0, 5), ("num_workers", 0, 4),
     ):  # fmt: skip
         if getattr(args, name) is None:
             setattr(args, name, on_gpu_value if on_gpu else on_cpu_value)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "benchmarks")]
 import ablations
+import corpus_overlap
 import learning_curves
 import linear_probe
 import moleculenet
@@ -142,6 +144,20 @@ def test_sets_of_moleculenet_are_run_once_and_told_by_part(model, tmp_path, on_c
     assert drawn[0]["split"]["parts"]["train"] != drawn[1]["split"]["parts"]["train"]
     rmse = [found["models"]["MoleBLEND"]["runs"][0]["test"]["mean"]["rmse"] for found in drawn]
     assert row[4] == f"{np.mean(rmse):.3f} ± {np.std(rmse, ddof=1):.3f}"
+
+
+def test_what_sets_share_with_a_pretraining_is_counted(dataset, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    for part in ("train", "validation"):
+        (other / "data" / f"{part}-00000-of-00001.parquet").unlink()
+    corpus_overlap.main(["--pretraining", str(dataset), "--evaluation", f"{dataset},{other}"])
+    told = capsys.readouterr().out
+    assert told.startswith("Pretraining: 24 molecules")
+    _, _, whole, test = rows_of(told)
+    assert whole[:5] == [dataset.name, "48", "24", "24", "24"]
+    assert test[:5] == ["other", "8", "0", "0", "0"]  # the sample has no molecule twice
+    assert whole[5] == "100.0%"  # none of its elements occurs a thousand times
 
 
 def test_what_is_recovered_is_told_by_class_with_examples(model, dataset, capsys):
