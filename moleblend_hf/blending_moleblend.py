@@ -25,6 +25,11 @@ ATOM_DEGREE, ATOM_DISTANCE = 0, 1
 IGNORED_LABEL = -100
 
 
+def constant(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`like.new_tensor(values, dtype=dtype)`, which would wait until the device has done all that it was asked for."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device="cpu").to(like.device, non_blocking=True)
+
+
 def draw(
     sampler: Callable[..., torch.Tensor],
     shape: Sequence[int],
@@ -75,7 +80,7 @@ def pair_modalities(available: torch.Tensor, probabilities: Sequence[float], dra
     Returns:
         `torch.LongTensor` of shape `(batch_size, N, N)`
     """
-    cumulative = (available * available.new_tensor(probabilities, dtype=torch.float32)).cumsum(-1)
+    cumulative = (available * constant(probabilities, available, torch.float32)).cumsum(-1)
     # In [0, total): the first relation whose cumulative probability exceeds the draw.
     draws = draws * cumulative[:, -1, None, None]
     return (draws.unsqueeze(-1) >= cumulative[:, None, None, :]).sum(-1).clamp(max=PAIR_DISTANCE)
@@ -83,7 +88,7 @@ def pair_modalities(available: torch.Tensor, probabilities: Sequence[float], dra
 
 def atom_modalities(available: torch.Tensor, probabilities: Sequence[float], draws: torch.Tensor) -> torch.Tensor:
     """The feature that each atom shows, `(batch_size, N)` long; `draws` `(batch_size, N)`, else as `pair_modalities`."""
-    weights = available * available.new_tensor(probabilities, dtype=torch.float32)
+    weights = available * constant(probabilities, available, torch.float32)
     degree, distance = weights.unsqueeze(1).unbind(-1)  # (B, 1) each
     return (draws * (degree + distance) >= degree).long()
 

@@ -19,11 +19,15 @@ from typing import Any, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import auto_docstring, logging
 
 logger = logging.get_logger(__name__)
 
 TARGET_TRANSFORMS = ("none", "log10", "signed_log10")
+# What the processor packs into `path_bond_types`: bond types, stereo values and conjugation values; bonds of a path.
+BOND_VOCABULARY_SIZES = (5, 6, 2)
+MAX_PATH_BONDS = 8
 # What describes one target each, and says nothing about others.
 PER_TARGET = ("target_means", "target_scales", "target_units", "target_transforms", "conformal_quantiles")
 PROCESSORS = {
@@ -65,13 +69,14 @@ class MoleBlendConfig(PreTrainedConfig):
     atom_vocabulary_sizes (`list[int]`, *optional*, defaults to `(119, 5, 12, 12, 10, 6, 6, 2, 2)`):
         Number of values of each atom feature, in the order of `atom_features` (OGB 1.3.6). The first is the atomic number.
     bond_vocabulary_sizes (`list[int]`, *optional*, defaults to `(5, 6, 2)`):
-        Number of bond types, bond stereo values and conjugation values (OGB 1.3.6).
+        Number of bond types, bond stereo values and conjugation values (OGB 1.3.6). There are no others: the processor packs
+        the three into one index.
     num_degrees (`int`, *optional*, defaults to 64):
         Rows of the degree table; a higher degree takes the last row.
     num_shortest_path_distances (`int`, *optional*, defaults to 512):
         Rows of the shortest-path table: padding, 0 to `num_shortest_path_distances - 3` bonds, unreachable.
     max_path_bonds (`int`, *optional*, defaults to 5):
-        Number of bonds of a shortest path that the bond-path relation holds (`P`).
+        Number of bonds of a shortest path that the bond-path relation holds (`P`), at most 8.
     num_distance_kernels (`int`, *optional*, defaults to 128):
         Number of Gaussian kernels of a distance (`K`).
     distance_feature_scale (`float`, *optional*, defaults to 0.01):
@@ -160,7 +165,7 @@ class MoleBlendConfig(PreTrainedConfig):
     gaussian_initialization: Literal["uniform", "normal"] = "uniform"
 
     atom_vocabulary_sizes: list[int] | tuple[int, ...] = (119, 5, 12, 12, 10, 6, 6, 2, 2)
-    bond_vocabulary_sizes: list[int] | tuple[int, ...] = (5, 6, 2)
+    bond_vocabulary_sizes: list[int] | tuple[int, ...] = BOND_VOCABULARY_SIZES
     num_degrees: int = 64
     num_shortest_path_distances: int = 512
     max_path_bonds: int = 5
@@ -204,7 +209,9 @@ class MoleBlendConfig(PreTrainedConfig):
         }
         # Without names, a saved config has transformers' two labels.
         num_saved = len(config_dict.get("id2label") or (0, 1))
-        num_labels = kwargs.get("num_labels") or len(overrides.get("id2label") or ()) or num_saved
+        num_labels = kwargs.get("num_labels")
+        if num_labels is None:
+            num_labels = len(overrides.get("id2label") or ()) or num_saved
         left_behind: list[str] = []
         if num_labels != num_saved:
             about_targets = ("id2label", "label2id", "conformal_coverage", *PER_TARGET)
@@ -231,6 +238,7 @@ class MoleBlendConfig(PreTrainedConfig):
             "num_distance_kernels",
             "pair_head_size",
             "relative_position_hidden_size",
+            "num_labels",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; set it to 1 or more.")
@@ -251,6 +259,16 @@ class MoleBlendConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range", "noise_std"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; set it to a finite number of 0 or more.")
+        if not math.isfinite(self.distance_feature_scale):
+            raise ValueError(
+                f"`distance_feature_scale` is {self.distance_feature_scale}; set it to a finite number (0 leaves the feature out)."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f'`hidden_act` is "{self.hidden_act}"; there are {", ".join(ACT2FN)}.')
+        if self.max_path_bonds > MAX_PATH_BONDS:
+            raise ValueError(
+                f"`max_path_bonds` is {self.max_path_bonds}; set it to {MAX_PATH_BONDS} or less, what the processor can give."
+            )
         if self.num_shortest_path_distances < 4:
             raise ValueError(
                 f"`num_shortest_path_distances` is {self.num_shortest_path_distances}; the table needs at least 4 rows "
@@ -260,11 +278,16 @@ class MoleBlendConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_shortest_path_classes` is {self.num_shortest_path_classes}; set it to 2 or more (1 bond, more bonds)."
             )
-        for name, length in (("atom_vocabulary_sizes", None), ("bond_vocabulary_sizes", 3), ("bond_class_sizes", 3)):
+        for name, length in (("atom_vocabulary_sizes", None), ("bond_class_sizes", 3)):
             sizes = getattr(self, name)
             if not sizes or min(sizes) < 1 or length not in (None, len(sizes)):
                 expected = "one positive size a feature" if length is None else f"{length} positive sizes"
                 raise ValueError(f"`{name}` is {list(sizes)}; give {expected}.")
+        if tuple(self.bond_vocabulary_sizes) != BOND_VOCABULARY_SIZES:
+            raise ValueError(
+                f"`bond_vocabulary_sizes` is {list(self.bond_vocabulary_sizes)}; give {list(BOND_VOCABULARY_SIZES)}, by which the "
+                "processor packs the features of a bond into one index."
+            )
         if any(c > v for c, v in zip(self.bond_class_sizes, self.bond_vocabulary_sizes, strict=True)):
             raise ValueError(
                 f"`bond_class_sizes` {list(self.bond_class_sizes)} exceeds `bond_vocabulary_sizes` "

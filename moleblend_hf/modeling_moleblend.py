@@ -46,6 +46,7 @@ from .blending_moleblend import (
     atom_modalities,
     available_modalities,
     bond_path_labels,
+    constant,
     draw,
     molecules_with_coordinates,
     pair_modalities,
@@ -108,8 +109,8 @@ class MoleBlendEmbeddings(nn.Module):
 
     def forward(self, atom_features: torch.Tensor) -> torch.Tensor:
         """`(B, N, num_features)` to `(B, N, D)`; padding is 0, a value beyond a vocabulary takes its last row."""
-        largest = atom_features.new_tensor(self.atom_vocabulary_sizes)
-        offsets = atom_features.new_tensor(self.atom_offsets)
+        largest = constant(self.atom_vocabulary_sizes, atom_features)
+        offsets = constant(self.atom_offsets, atom_features)
         return self.atom_embedding(torch.where(atom_features > 0, torch.minimum(atom_features, largest) + offsets, 0))
 
     def embed_degree(self, degree: torch.Tensor) -> torch.Tensor:
@@ -307,12 +308,24 @@ class MoleBlendPreTrainedModel(PreTrainedModel):
     base_model_prefix = "moleblend"
     main_input_name = "atom_features"
     supports_gradient_checkpointing = True
+    # The losses are means over what a batch has; the Trainer would take `**kwargs` for a loss over `num_items_in_batch`.
+    accepts_loss_kwargs = False
     _no_split_modules = ["MoleBlendLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
     # The heads of pretraining; other models leave them behind.
     _keys_to_ignore_on_load_unexpected = [r"^(shortest_path|bond_path|relative_position|coordinate_denoising)_head"]
     _can_record_outputs = {"attentions": OutputRecorder(MoleBlendAttention, index=1)}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Accelerate sets it on a model that it has spread. This one adds and multiplies tensors of many modules, and weights
+        # that no module's own forward reads; it is small enough to stay whole.
+        if name == "hf_device_map" and len(devices := {str(device) for device in value.values()}) > 1:
+            raise ValueError(
+                f"The device map spreads {type(self).__name__} over {sorted(devices)}, but it computes on one device. Load it "
+                'whole: `device_map="cuda:0"`, say.'
+            )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -363,7 +376,8 @@ class MoleBlendEmbeddingsOutput(NamedTuple):
     """What [`MoleBlendModel.embed`] returns, in the order of the molecules given.
 
     `molecule_embeddings` are the states of the graph tokens, `(num_molecules, hidden_size)`; `atom_embeddings` holds for each
-    molecule the states of its atoms, `(num_atoms, hidden_size)`, in the molecule's own atom order.
+    molecule the states of its atoms, `(num_atoms, hidden_size)`, in the molecule's own atom order. Both are means over the
+    conformers of a molecule.
     """
 
     molecule_embeddings: torch.Tensor
@@ -485,21 +499,21 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
             pairs = RowSelection(shown(pair_mask, PAIR_BOND_PATH), gather)
             pair_bias = pair_bias + pairs.put(self.attention_bias.bond_path_bias(pairs.take(path_bond_types)))
         if coordinates is not None:
-            coordinates, has_distance = coordinates.float(), pair_mask
-            if coordinates_mask is not None:
-                coordinates = coordinates.masked_fill(~coordinates_mask[:, None, None], 0)
-                has_distance = pair_mask & coordinates_mask[:, None, None]
+            has_coordinates = molecules_with_coordinates(atom_features, coordinates, coordinates_mask)[:, None, None]
+            coordinates = coordinates.float().masked_fill(~has_coordinates, 0)
+            has_distance = pair_mask & has_coordinates
             pairs = RowSelection(has_distance, gather)
             distances = torch.linalg.vector_norm(coordinates.unsqueeze(1) - coordinates.unsqueeze(2), dim=-1)
             distance_embeddings = self.distance_embedding(atom_features[..., 0], distances, pairs)  # (rows, K)
-            distance_states = self.atom_distance_proj(pairs.sum_last(distance_embeddings).to(self.dtype))
+            dtype = self.graph_token.dtype  # not `self.dtype`: a replica of DataParallel has no parameters
+            distance_states = self.atom_distance_proj(pairs.sum_last(distance_embeddings).to(dtype))
             has_state = has_distance.any(-1)
             if atom_modality_ids is not None:
                 has_state = has_state & (atom_modality_ids == ATOM_DISTANCE)
             distance_states = distance_states.masked_fill(~has_state.unsqueeze(-1), 0)
             atom_states = atom_states + self.config.distance_feature_scale * distance_states
             shown_rows = RowSelection(pairs.take(shown(has_distance, PAIR_DISTANCE)), gather)
-            distance_bias = self.attention_bias.distance_bias(shown_rows.take(distance_embeddings).to(self.dtype))
+            distance_bias = self.attention_bias.distance_bias(shown_rows.take(distance_embeddings).to(dtype))
             pair_bias = pair_bias + pairs.put(shown_rows.put(distance_bias))
         attention_bias = self.attention_bias(pair_bias, token_mask)
 
@@ -527,7 +541,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
     def embed(
         self, molecules: Sequence[Any], processor: Any, batch_size: int = 32, **processor_kwargs: Any
     ) -> MoleBlendEmbeddingsOutput:
-        """Embeddings of a list of molecules and of their atoms, computed in eval mode without gradients.
+        """Embeddings of a list of molecules and of their atoms, in eval mode without gradients; means over conformers.
 
         Args:
             molecules (`list`): molecules in any form that the processor takes.
@@ -535,22 +549,35 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
             batch_size (`int`, *optional*, defaults to 32): molecules in a forward pass.
             processor_kwargs: further arguments of the processor (`modality`, `on_error` ...). With `on_error="skip"`,
                 rejected molecules have no embedding and are listed in `processor.rejected`.
+
+        Raises:
+            ValueError: if all molecules are rejected.
         """
         was_training = self.training
         self.eval()
         try:
             graphs = processor.featurize_many(molecules, **processor_kwargs)
-            by_size = sorted(range(len(graphs)), key=lambda index: graphs[index].num_atoms)
-            states: dict[int, torch.Tensor] = {}
-            for start in range(0, len(graphs), batch_size):
-                indices = by_size[start : start + batch_size]  # molecules of like size share a batch
-                batch = processor.pad([graphs[index] for index in indices], modality=processor_kwargs.get("modality"))
-                output = self(**batch.to(self.device)).last_hidden_state
-                for row, index in enumerate(indices):
-                    states[index] = output[row, : graphs[index].num_atoms + 1]
+            if not graphs:
+                raise ValueError(
+                    f"None of the {len(molecules)} molecules could be featurized. See `processor.rejected` and fix the input."
+                )
+            modality = processor_kwargs.get("modality") or processor.modality
+            # A 2D model is shown no conformer, however many a graph has.
+            counts = [1 if modality == "2d" else max(1, len(graph.coordinates)) for graph in graphs]
+            owners = [(index, conformer) for index, count in enumerate(counts) for conformer in range(count)]
+            owners.sort(key=lambda owner: graphs[owner[0]].num_atoms)  # molecules of like size share a batch
+            sums: dict[int, torch.Tensor] = {}
+            for start in range(0, len(owners), batch_size):
+                indices, conformers = zip(*owners[start : start + batch_size], strict=True)
+                batch = processor.pad(
+                    [graphs[index] for index in indices], modality=modality, conformer_index=conformers
+                )
+                states = self(**batch.to(self.device)).last_hidden_state
+                for index, state in zip(indices, states, strict=True):
+                    sums[index] = sums.get(index, 0) + state[: graphs[index].num_atoms + 1]
         finally:
             self.train(was_training)
-        in_order = [states[index] for index in range(len(graphs))]
+        in_order = [sums[index] / count for index, count in enumerate(counts)]
         return MoleBlendEmbeddingsOutput(
             molecule_embeddings=torch.stack([state[0] for state in in_order]),
             atom_embeddings=[state[1:] for state in in_order],
@@ -756,7 +783,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         totals, counts = (torch.stack(values) for values in zip(*terms, strict=True))
         losses = totals / (counts if num_targets is None else num_targets).clamp(min=1)
         return MoleBlendForPreTrainingOutput(
-            loss=(losses * losses.new_tensor(self.config.loss_weights)).sum(),
+            loss=(losses * constant(self.config.loss_weights, losses)).sum(),
             shortest_path_loss=losses[0],
             bond_path_loss=losses[1],
             relative_position_loss=losses[2],
@@ -780,7 +807,8 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     MoleBLEND for molecular property prediction: regression with one or several targets, binary classification with one
-    or several tasks (`problem_type="multi_label_classification"`), or classes. Missing labels are NaN (-100 for classes).
+    or several tasks (`problem_type="multi_label_classification"`), or classes. Missing labels are NaN, or -100 where labels are
+    integers.
     """
 )
 class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
@@ -795,7 +823,8 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         custom_args=MODEL_INPUTS_DOCSTRING
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
-        Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
+        Targets in their own units, or 0 / 1; for classes `(batch_size,)`. Missing ones are NaN, or -100 where labels are
+        integers.
         `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )
@@ -858,7 +887,8 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     MoleBLEND for the properties of atoms, charges or NMR shifts, say: regression, binary tasks or classes as in
-    [`MoleBlendForSequenceClassification`], for each atom. Missing labels, and those of padding, are NaN (-100 for classes).
+    [`MoleBlendForSequenceClassification`], for each atom. Missing labels, and those of padding, are NaN, or -100 where
+    labels are integers.
     """
 )
 class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
@@ -873,8 +903,8 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
         custom_args=MODEL_INPUTS_DOCSTRING
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_atoms, num_labels)`, *optional*):
-        Targets of each atom in their own units, or 0 / 1; NaN where missing and in padding; `(batch_size, num_atoms)` will
-        do for one target. For classes `(batch_size, num_atoms)`, -100 where missing and in padding.
+        Targets of each atom in their own units, or 0 / 1; `(batch_size, num_atoms)` for classes, and will do for one target.
+        Missing ones and those of padding are NaN, or -100 where labels are integers.
         `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )

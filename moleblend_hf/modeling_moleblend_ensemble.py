@@ -124,7 +124,8 @@ class MoleBlendEnsembleForSequenceClassification(MoleBlendPreTrainedModel):
         custom_args=MODEL_INPUTS_DOCSTRING
         + r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
-        Targets in their own units, or 0 / 1; NaN where missing. For classes `(batch_size,)`, -100 where missing.
+        Targets in their own units, or 0 / 1; for classes `(batch_size,)`. Missing ones are NaN, or -100 where labels are
+        integers.
         `label_weights`, a tensor of the same shape, weighs each label in the loss.
 """
     )

@@ -200,15 +200,19 @@ def parse_molecule(molecule: Any, given: Any, settings: FeaturizationSettings) -
     num_atoms = parsed.mol.GetNumAtoms()
     if num_atoms == 0:
         raise MoleculeError("has no atoms", "size", "Remove it from the input")
+    _check_size(num_atoms, settings)
+    if parsed.coordinates is not None and settings.modality != "2d":
+        _check_coordinates(parsed.coordinates)
+    return parsed
+
+
+def _check_size(num_atoms: int, settings: FeaturizationSettings) -> None:
     if num_atoms > settings.max_atoms:
         raise MoleculeError(
             f"has {num_atoms} atoms, but `max_atoms` is {settings.max_atoms}",
             "size",
             "Raise `max_atoms` if there is memory for pairs of that many atoms",
         )
-    if parsed.coordinates is not None and settings.modality != "2d":
-        _check_coordinates(parsed.coordinates)
-    return parsed
 
 
 def input_atoms(molecule: Any, settings: FeaturizationSettings) -> tuple[np.ndarray, int]:
@@ -216,16 +220,17 @@ def input_atoms(molecule: Any, settings: FeaturizationSettings) -> tuple[np.ndar
 
     The input writes the hydrogens that are atoms of it: those in brackets of a SMILES, all of an RDKit molecule or a pair.
     """
-    if isinstance(molecule, str):
-        molecule = _mol_from_smiles(molecule, remove_hydrogens=False)
-    if isinstance(molecule, Chem.Mol):
-        molecule = Chem.Mol(molecule)
-        for atom in molecule.GetAtoms():
-            atom.SetIntProp(_INPUT_ATOM, atom.GetIdx())
-        num_written = molecule.GetNumAtoms()
-    else:
-        num_written = len(molecule[0])
-    atoms = parse_molecule(molecule, None, settings).mol.GetAtoms()
+    with rdBase.BlockLogs():
+        if isinstance(molecule, str):
+            molecule = _mol_from_smiles(molecule, remove_hydrogens=False)
+        if isinstance(molecule, Chem.Mol):
+            molecule = Chem.Mol(molecule)
+            for atom in molecule.GetAtoms():
+                atom.SetIntProp(_INPUT_ATOM, atom.GetIdx())
+            num_written = molecule.GetNumAtoms()
+        else:
+            num_written = len(molecule[0])
+        atoms = parse_molecule(molecule, None, settings).mol.GetAtoms()
     indices = [atom.GetIntProp(_INPUT_ATOM) if atom.HasProp(_INPUT_ATOM) else -1 for atom in atoms]
     return np.array(indices, dtype=np.int64), num_written
 
@@ -338,7 +343,11 @@ def _parse_pair(symbols: Any, positions: Any, given: Any, settings: Featurizatio
         raise _wrong_count(coordinates, mol)
     if mol.GetNumAtoms() == 0:
         return ParsedMolecule(mol, None)
+    atomic_numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()])
     if settings.bonds == "determine":
+        # Before each pair of atoms is looked at; hydrogens that are dropped are there still.
+        is_counted = (atomic_numbers != 1) | (settings.hydrogens != "drop")
+        _check_size(int(is_counted.sum()), settings)
         _check_coordinates(coordinates)
         mol.AddConformer(_conformer(coordinates[0]), assignId=True)
         try:
@@ -360,7 +369,6 @@ def _parse_pair(symbols: Any, positions: Any, given: Any, settings: Featurizatio
         raise MoleculeError(
             'has no bonds, so that hydrogens="add" cannot tell what to add', "bonds", 'Set `bonds="determine"`'
         )
-    atomic_numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()])
     if settings.hydrogens == "drop" and (atomic_numbers > 1).any():
         coordinates = coordinates[:, atomic_numbers != 1]
         mol.BeginBatchEdit()

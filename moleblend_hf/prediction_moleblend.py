@@ -160,8 +160,10 @@ def embed_graphs(
 
     def read(outputs: Any, batch: Sequence[MolecularGraph]) -> list[np.ndarray]:
         states = outputs.last_hidden_state.float().cpu().numpy()
+        # Copies: a view would keep the states of the whole batch, all atoms and padding, until the last batch is done.
         return [
-            state[1 : graph.num_atoms + 1] if atoms else state[0] for state, graph in zip(states, batch, strict=True)
+            (state[1 : graph.num_atoms + 1] if atoms else state[0]).copy()
+            for state, graph in zip(states, batch, strict=True)
         ]
 
     found = _over_conformers(model.base_model, processor, graphs, read, budget)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from functools import partial
+from os import PathLike
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,6 +40,8 @@ _IGNORED_LABEL = -100  # of atoms that are padding, where labels are integers
 _MOLECULES_A_CHUNK = 256
 _ON_ERROR = ("raise", "skip")
 _METADATA = ("auto_map", "processor_class", "feature_extractor_type")
+# Arguments of transformers' loading that it hands on to whatever is loaded.
+_LOADING = ("_commit_hash", "code_revision", "repo_type", "return_unused_kwargs", "trust_remote_code", "user_agent")
 
 
 @auto_docstring(
@@ -155,7 +158,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             conformer is used.
         labels (`float`, `list[float]`, or a `list` of either, *optional*):
             For each molecule a number or several. `None` is a missing label and becomes `NaN`; integers stay integers
-            if none is missing.
+            if none is missing, and -100 among integers counts as missing: pass temperatures, say, as `float`.
         modality (`str`, *optional*):
             Overrides the setting for this call.
         on_error (`str`, *optional*, defaults to `"raise"`):
@@ -164,8 +167,8 @@ class MoleBlendProcessor(FeatureExtractionMixin):
         atom_labels (`np.ndarray` of shape `(num_atoms,)` or `(num_atoms, num_labels)`, or a `list` of them, *optional*):
             In place of `labels`, for models of atoms: for each molecule an array in the order in which the input has its
             atoms, or `None` if none of them has a label. A value for each atom of the input, also for hydrogens that are
-            dropped, or for each atom of the graph. `None` and `NaN` are missing labels; integers stay integers if
-            none is `None`.
+            dropped, or for each atom of the graph. `None` and `NaN` are missing labels; where all arrays are
+            of integers they stay integers, of which -100 is missing.
 
         Returns:
             [`BatchFeature`] with
@@ -291,6 +294,21 @@ class MoleBlendProcessor(FeatureExtractionMixin):
                 raise ValueError("Both `labels` and `atom_labels` are given. Pass those that the model is to predict.")
             data["labels"] = _padded_atom_labels(atom_labels, flat.num_atoms)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @classmethod
+    def get_feature_extractor_dict(
+        cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Returns the saved settings with those given here, of which transformers would drop what was not saved: a setting that
+        is newer than the file, and a misspelt one, at which `__init__` raises. And the arguments that are no settings.
+        """
+        saved, others = super().get_feature_extractor_dict(pretrained_model_name_or_path, **kwargs)
+        # These are to be handed back, and those of a pipeline are its model's.
+        keeps = kwargs.get("return_unused_kwargs") or kwargs.get("_from_pipeline")
+        names = {field.name for field in fields(FeaturizationSettings)} if keeps else others.keys() - set(_LOADING)
+        given = {name: others.pop(name) for name in names & others.keys()}
+        return saved | given, others
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings and what the auto classes need to find this class."""

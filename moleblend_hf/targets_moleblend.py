@@ -97,7 +97,7 @@ def property_loss(
     Args:
         outputs (`torch.FloatTensor` of shape `(..., T)`): outputs of the head; regression in standard deviations.
         labels (`torch.Tensor` of shape `(..., T)`):
-            In the targets' own units, or 0 / 1; NaN where missing. For classes `(...)`, -100 where missing.
+            In the targets' own units, or 0 / 1; for classes `(...)`. Missing ones are NaN, or -100 where labels are integers.
         config (`MoleBlendConfig`): kind of the problem, and the scales and transforms of its targets.
         label_weights (`torch.FloatTensor` shaped as `labels`, *optional*): the loss is `sum(weight * loss) / sum(weight)`.
     """
@@ -108,17 +108,18 @@ def property_loss(
         if tensor is not None and tensor.numel() != shape.numel():
             raise ValueError(
                 f"`{name}` has shape {tuple(tensor.shape)}; expected {tuple(shape)} for {config.num_labels} labels and "
-                f'`problem_type="{problem_type}"`. Fill gaps with {IGNORED_LABEL if is_class_index else "NaN"}.'
+                f'`problem_type="{problem_type}"`. Fill gaps with NaN, or with {IGNORED_LABEL} where labels are integers.'
             )
     labels, outputs = labels.reshape(shape), outputs.float()
+    if is_class_index and labels.is_floating_point():  # NaN, where a class is missing, made them so
+        labels = labels.nan_to_num(IGNORED_LABEL).long()
+    present = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED_LABEL
     if is_class_index:
-        present = labels != IGNORED_LABEL
         losses = F.cross_entropy(
             outputs.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
         losses = losses.view(shape)
     else:
-        present = ~labels.isnan()
         if problem_type == "multi_label_classification":
             labels = labels.masked_fill(~present, 0).to(outputs.dtype)
             losses = F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")

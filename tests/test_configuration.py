@@ -8,7 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
 
 from moleblend_hf import MoleBlendConfig, MoleBlendEnsembleConfig, MoleBlendForSequenceClassification
+from moleblend_hf.configuration_moleblend import MAX_PATH_BONDS
 from moleblend_hf.featurization_moleblend import ATOM_FEATURE_SIZES, BOND_STEREO, BOND_TYPES
+from moleblend_hf.graphs_moleblend import MAX_PATH_BONDS as MAX_PATH_BONDS_OF_THE_PROCESSOR
 
 
 def test_defaults_are_the_base_model_of_the_paper():
@@ -23,6 +25,7 @@ def test_vocabularies_are_those_of_the_featurizer():
     config = MoleBlendConfig()
     assert tuple(config.atom_vocabulary_sizes) == ATOM_FEATURE_SIZES
     assert config.bond_vocabulary_sizes == [len(BOND_TYPES), len(BOND_STEREO), 2]
+    assert MAX_PATH_BONDS == MAX_PATH_BONDS_OF_THE_PROCESSOR
 
 
 def test_saved_and_loaded_configs_are_equal(tmp_path):
@@ -141,7 +144,13 @@ def test_overrides_that_do_not_fit_the_checkpoint_are_an_error(finetuned):
         ({"atom_blend_probabilities": [1.5, -0.5]}, "give 2 probabilities that add up to 1"),
         ({"loss_weights": [1, 1.5, 1]}, "give 4 finite weights of 0 or more"),
         ({"bond_class_sizes": [4, 7, 2]}, "a class without a value to predict"),
-        ({"bond_vocabulary_sizes": [5, 6]}, "give 3 positive sizes"),
+        ({"bond_class_sizes": [4, 3]}, "give 3 positive sizes"),
+        ({"bond_vocabulary_sizes": [5, 6]}, r"`bond_vocabulary_sizes` is \[5, 6\]; give \[5, 6, 2\]"),
+        ({"bond_vocabulary_sizes": [5, 6, 3]}, r"`bond_vocabulary_sizes` is \[5, 6, 3\]; give \[5, 6, 2\]"),
+        ({"max_path_bonds": 9}, "`max_path_bonds` is 9; set it to 8 or less"),
+        ({"hidden_act": "gleu"}, '`hidden_act` is "gleu"; there are gelu, '),
+        ({"distance_feature_scale": float("nan")}, "`distance_feature_scale` is nan; set it to a finite number"),
+        ({"num_labels": 0}, "`num_labels` is 0; set it to 1 or more"),
         ({"readout": "max"}, "graph_token"),
         ({"relative_position_target": "angle"}, "direction"),
         ({"num_shortest_path_classes": 1}, "set it to 2 or more"),
@@ -181,6 +190,11 @@ def test_overrides_that_do_not_fit_the_checkpoint_are_an_error(finetuned):
 def test_values_that_make_no_sense_are_an_error(changes, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         MoleBlendConfig(**changes)
+
+
+def test_no_targets_are_an_error_for_a_checkpoint_too(finetuned):
+    with pytest.raises((StrictDataclassError, ValueError), match="`num_labels` is 0; set it to 1 or more"):
+        MoleBlendConfig.from_pretrained(finetuned[0], num_labels=0)
 
 
 def test_an_ensemble_has_members():

@@ -466,6 +466,16 @@ def test_bad_molecules_are_named(molecule, message):
         featurize_molecule(molecule)
 
 
+@pytest.mark.parametrize(("hydrogens", "symbols"), [("drop", ["C", "H"]), ("keep", ["H"]), ("add", ["O"])])
+def test_the_size_of_a_pair_is_checked_before_its_pairs_of_atoms(hydrogens, symbols):
+    """That takes memory with the square of the atoms. Hydrogens that are dropped count for nothing."""
+    settings = FeaturizationSettings(bonds="determine", hydrogens=hydrogens, max_atoms=20)
+    for number, message in ((21, "has 21 atoms, but `max_atoms` is 20"), (20, "has atoms 0 and 1 in one place")):
+        pair = (symbols * number, np.ones((len(symbols) * number, 3)))
+        with pytest.raises(MoleculeError, match=message):
+            featurize_molecule(pair, None, settings)
+
+
 def test_long_smiles_are_shortened_in_messages():
     assert len(describe_molecule("C" * 5000)) < 100
     with pytest.raises(MoleculeError, match=r"^Molecule 'C{10,70}\.\.\. \(515 characters\) has 513 atoms"):

@@ -1,5 +1,6 @@
 """training/finetune.py: what a fine-tuning promises, on a few molecules and a tiny model, on CPU."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from rdkit import Chem
 from safetensors.torch import load_file
-from tiny import tiny_config
+from tiny import tiny_config, without_dropout
 from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments, pipeline
 
 import finetune
@@ -71,6 +72,13 @@ def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
     return finetune.main(
         ["--model", str(base), "--input", str(data), "--output_dir", str(output), *given, *SHORT, *flags]
     )
+
+
+def test_a_run_that_its_minutes_end_says_so(base, table, tmp_path):
+    flags = ["--targets", "size", "--epochs", "5", "--max_minutes", "1e-9", "--no-baseline"]
+    results = run(base, table, tmp_path, *flags)
+    assert any("seed 0: ended by max_minutes after 1 of 5 epochs" in note for note in results["notes"])
+    assert "ended by max_minutes" in (tmp_path / "README.md").read_text()
 
 
 def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table, tmp_path):
@@ -305,6 +313,31 @@ def test_trainer_fine_tunes_the_model(base, tmp_path):
     inputs = MoleBlendProcessor.from_pretrained(tmp_path / "saved")(MOLECULES)
     with torch.no_grad():
         torch.testing.assert_close(saved(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6, rtol=0)
+
+
+def test_accumulated_gradients_of_the_trainer_are_those_of_the_whole_batch(tmp_path):
+    """The Trainer divides by the number of parts for models whose loss does not."""
+    torch.manual_seed(0)
+    start = MoleBlendForSequenceClassification(without_dropout(num_labels=1, problem_type="regression"))
+    processor = MoleBlendProcessor()
+    rows = [{"smiles": smiles, "size": 0.1 * len(smiles)} for smiles in MOLECULES[:20]]
+
+    def collate(examples):
+        return processor([row["smiles"] for row in examples], labels=[row["size"] for row in examples])
+
+    changes = []
+    for batch_size, num_parts in ((20, 1), (5, 4)):
+        model = copy.deepcopy(start)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=num_parts, optim="sgd", learning_rate=0.1, max_grad_norm=0,
+            remove_unused_columns=False, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        Trainer(model, arguments, data_collator=collate, train_dataset=rows).train()
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        changes.append(torch.cat([(after - before).detach().flatten() for after, before in pairs]))
+    assert changes[0].abs().max() > 1e-3
+    torch.testing.assert_close(*changes, atol=1e-6, rtol=1e-3)
 
 
 def test_optuna_chooses_on_validation(base, table, tmp_path, capsys):

@@ -133,6 +133,11 @@ def test_embed_leaves_out_what_was_rejected(encoder, processor):
     assert [rejection.index for rejection in processor.rejected] == [1]
 
 
+def test_embed_says_when_all_were_rejected(encoder, processor):
+    with pytest.raises(ValueError, match=r"None of the 2 molecules could be featurized. See `processor.rejected`"):
+        encoder.embed(["C1CC", "c1cc"], processor, on_error="skip")
+
+
 # Modalities.
 
 
@@ -157,6 +162,12 @@ def test_molecules_without_coordinates_in_a_mixed_batch_are_2d(encoder, batch):
     model = MoleBlendForPreTraining(tiny_config())
     model(**{**batch, "coordinates": garbage}).loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_mask_of_integers_is_one_of_booleans(encoder, batch):
+    assert_same(
+        states(encoder, {**batch, "coordinates_mask": batch["coordinates_mask"].long()}), states(encoder, batch)
+    )
 
 
 def test_shapes_that_do_not_fit_are_an_error_with_the_expected_shape(encoder, batch):
@@ -259,6 +270,31 @@ def test_bf16_weights_run(batch):
     outputs = model(**batch, labels=torch.zeros(len(batch["degree"]), 1))
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16
+
+
+def replica(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy as `torch.nn.DataParallel` makes it for each GPU: its weights are attributes, but no parameters."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(copied, name, replica(child))
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(copied, name, parameter.detach())
+    return copied
+
+
+def test_replicas_of_data_parallel_are_the_same_function(batch):
+    model = MoleBlendForPreTraining(without_dropout()).eval()
+    losses = [one(**batch, generator=torch.Generator().manual_seed(0)).loss for one in (model, replica(model))]
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+
+
+def test_a_model_stays_on_one_device(tmp_path):
+    """Spread over several it would stop at the first sum of two modules' tensors."""
+    MoleBlendForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
+    load = MoleBlendForSequenceClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"over \['cpu', 'disk'\], but it computes on one device. Load it whole"):
+        load(tmp_path, device_map={"moleblend": "cpu", "classifier": "disk"}, offload_folder=tmp_path / "offload")
+    assert load(tmp_path, device_map="cpu").device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -573,6 +609,17 @@ def test_one_target_and_classes_of_atoms(batch):
     outputs = model(**batch, labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits[labels >= 0], labels[labels >= 0])
     torch.testing.assert_close(outputs.loss, expected)
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_integer_labels_of_atoms_do_not_train_on_padding(processor, problem_type):
+    model = MoleBlendForTokenClassification(tiny_config(num_labels=1, problem_type=problem_type)).eval()
+    losses = []
+    for dtype in (int, float):
+        inputs = processor(["CCO", "C"], atom_labels=[np.array([1, 0, 1], dtype), np.array([1], dtype)])
+        assert inputs["labels"].is_floating_point() == (dtype is float)
+        losses.append(model(**inputs).loss)
+    torch.testing.assert_close(*losses)
 
 
 # Initialisation.

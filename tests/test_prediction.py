@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import SMILES, tiny_config
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moleblend_hf import (
     MoleBlendEnsembleForSequenceClassification,
@@ -179,6 +180,36 @@ def test_embeddings_are_the_states_of_the_encoder():
     for found, states, graph in zip(atoms, expected.atom_embeddings, graphs, strict=True):
         assert found.shape == (graph.num_atoms, model.config.hidden_size)
         np.testing.assert_allclose(found, states.numpy(), atol=1e-5)
+
+
+def test_embeddings_are_means_over_conformers_however_they_are_made():
+    model, processor = MoleBlendModel(tiny_config(**SPREADS)).eval(), MoleBlendProcessor(num_conformers=3)
+    for modality in ("2d", "2d+3d"):
+        processor.modality = modality
+        graphs = processor.featurize_many(["CCCCO", "C", "CC(N)CC=O"], modality="2d+3d")
+        found = model.embed(["CCCCO", "C", "CC(N)CC=O"], processor, batch_size=2)
+        np.testing.assert_allclose(found.molecule_embeddings, embed_graphs(model, processor, graphs), atol=1e-5)
+        for states, expected in zip(
+            found.atom_embeddings, embed_graphs(model, processor, graphs, atoms=True), strict=True
+        ):
+            np.testing.assert_allclose(states, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("atoms", [False, True])
+def test_embeddings_keep_no_batch_alive(monkeypatch, atoms):
+    model, processor = MoleBlendModel(tiny_config()).eval(), MoleBlendProcessor()
+    batches, forward = [], model.forward
+
+    def watched(**inputs):
+        assert all(batch.expired() for batch in batches)
+        outputs = forward(**inputs)
+        batches.append(StorageWeakRef(outputs.last_hidden_state.untyped_storage()))
+        return outputs
+
+    monkeypatch.setattr(model, "forward", watched)
+    assert len(embed_graphs(model, processor, processor.featurize_many(SMILES), atoms, Budget(1, 400_000))) == len(
+        batches
+    )
 
 
 @pytest.mark.parametrize(

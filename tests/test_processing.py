@@ -10,6 +10,7 @@ import pytest
 import torch
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
+from transformers import AutoFeatureExtractor, AutoProcessor
 
 from moleblend_hf.graphs_moleblend import MolecularGraph
 from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeError
@@ -136,6 +137,11 @@ def test_atom_labels_are_padded_as_nan_or_ignored(processor):
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"][0, 1].isnan().all()
     assert processor("CCO", atom_labels=[1, 2, 3])["labels"].tolist() == [[[1], [2], [3]]]
+
+
+def test_rdkit_is_silent_about_hydrogens_that_labels_are_of(processor, capfd):
+    assert processor("[H+].[H]OC", atom_labels=[1, 2, 3, 4])["labels"].tolist() == [[[1], [3], [4]]]
+    assert capfd.readouterr().err == ""
 
 
 HYDROGENS_WRITTEN = [
@@ -430,6 +436,30 @@ def test_saved_settings_come_back(tmp_path):
     loaded = MoleBlendProcessor.from_pretrained(tmp_path, max_atoms=7)
     assert loaded.to_dict() == {**saved, "max_atoms": 7}
     assert processor("CCO")["path_bond_types"].shape == (1, 9, 9, 3)
+
+
+@pytest.mark.parametrize("auto", [MoleBlendProcessor, AutoProcessor, AutoFeatureExtractor])
+def test_settings_can_be_overridden_where_they_are_loaded(tmp_path, auto):
+    MoleBlendProcessor(modality="2d").save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    del saved["hydrogens"]  # as before there was such a setting
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"no setting \['hydrogenz'\]. Use one of: modality, hydrogens"):
+        auto.from_pretrained(tmp_path, hydrogenz="add")
+    of_loading = {
+        "cache_dir": tmp_path, "force_download": False, "local_files_only": True, "token": False, "revision": "main",
+        "subfolder": "", "trust_remote_code": False, "code_revision": None,
+    }  # fmt: skip
+    processor = auto.from_pretrained(tmp_path, hydrogens="add", **of_loading)
+    assert isinstance(processor, MoleBlendProcessor)
+    assert (processor.hydrogens, processor.modality) == ("add", "2d")
+    processor, unused = MoleBlendProcessor.from_pretrained(
+        tmp_path, hydrogens="keep", other=1, return_unused_kwargs=True
+    )
+    assert (processor.hydrogens, unused) == ("keep", {"other": 1})
+    of_the_model = {"attn_implementation": "eager", "dtype": "auto"}  # a pipeline hands them to all that it loads
+    assert auto.from_pretrained(tmp_path, _from_pipeline="molecule-property", **of_the_model).modality == "2d"
 
 
 WITHOUT_THE_PACKAGE = """

@@ -145,6 +145,21 @@ def test_no_label_and_no_weight_is_a_loss_of_zero_with_zero_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_gap_counts_for_nothing_in_integers_and_in_floating_point(kind, dtype):
+    """NaN for a missing class makes all classes floating-point numbers; integers have no NaN."""
+    config, outputs, labels = problem(kind)
+    labels = labels.nan_to_num(-100).long()
+    complete = (labels != -100).all(-1) if labels.dim() == 2 else labels != -100
+    labels[~complete] = -100
+    given = labels.to(dtype)
+    if dtype.is_floating_point:
+        given[~complete] = NAN
+    expected = property_loss(outputs[complete], labels[complete], config)
+    torch.testing.assert_close(property_loss(outputs, given, config), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_labels_of_another_shape_are_an_error(kind):
     config, outputs, labels = problem(kind)
     with pytest.raises(
