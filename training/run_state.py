@@ -128,7 +128,7 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
         raise FileNotFoundError(f"{resume!r} is no checkpoint. Complete ones in {str(folder)!r}: {there}.")
     if reason := damage(Path(resume)):
         raise ValueError(f"The checkpoint {resume!r} is damaged: {reason}. Resume from an older one, or with auto.")
-    step = _step(Path(resume))
+    step = json.loads((Path(resume) / STATE_FILE).read_text(encoding="utf-8"))["step"]
     if later := [path.name for path in checkpoints_in(folder) if _step(path) > step]:
         raise ValueError(
             f"{str(folder)!r} holds {', '.join(later)}, which --resume auto would go on with after a run from {resume!r} is "
