@@ -141,57 +141,62 @@ def test_a_saved_folder_holds_its_code_and_the_whole_auto_map(folder):
 
 LOAD = """
 import json, torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoProcessor, {auto}
-model = {auto}.from_pretrained({folder!r}, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
-extractor = AutoFeatureExtractor.from_pretrained({folder!r}, trust_remote_code=True)
-config = AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
-assert processor.to_dict() == extractor.to_dict(), (processor, extractor)
-assert processor.max_atoms == 77
-inputs = processor({smiles!r}, return_tensors="pt")
-with torch.no_grad():
-    outputs = model(**inputs, **({{"generator": torch.Generator().manual_seed(0)}} if "PreTraining" in {auto!r} else {{}}))
-first = outputs.loss if outputs.get("loss") is not None else outputs[0]
-model.save_pretrained({again!r})
-processor.save_pretrained({again!r})
-print(json.dumps([type(model).__name__, type(config).__name__, first.flatten().tolist()]))
+from transformers import AutoConfig, AutoFeatureExtractor, AutoProcessor
+import transformers
+for auto, folder, again in {loads!r}:
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert processor.to_dict() == extractor.to_dict(), (processor, extractor)
+    assert processor.max_atoms == 77
+    inputs = processor({smiles!r}, return_tensors="pt")
+    draws = {{"generator": torch.Generator().manual_seed(0)}} if "PreTraining" in auto else {{}}
+    with torch.no_grad():
+        outputs = model(**inputs, **draws)
+    first = outputs.loss if outputs.get("loss") is not None else outputs[0]
+    model.save_pretrained(again)
+    processor.save_pretrained(again)
+    print(json.dumps([type(model).__name__, type(config).__name__, first.flatten().tolist()]))
 """
 
 
-@pytest.mark.parametrize(
-    ("auto", "model_class"),
-    [
-        ("AutoModel", MoleBlendModel),
-        ("AutoModelForPreTraining", MoleBlendForPreTraining),
-        ("AutoModelForSequenceClassification", MoleBlendForSequenceClassification),
-        ("AutoModelForTokenClassification", MoleBlendForTokenClassification),
-        ("AutoModelForSequenceClassification", MoleBlendEnsembleForSequenceClassification),
-    ],
-)
-def test_a_saved_folder_loads_without_the_package_and_saves_again(tmp_path, auto, model_class):
-    folder, again = tmp_path / "saved", tmp_path / "again"
-    config = tiny_config()
-    if model_class not in (MoleBlendModel, MoleBlendForPreTraining):
-        transforms = ["signed_log10", "none"]
-        scales = {"target_means": [0.4, -3.0], "target_scales": [0.2, 2.0], "target_transforms": transforms}
-        config = tiny_config(num_labels=2, problem_type="regression", **scales)
-    if model_class is MoleBlendEnsembleForSequenceClassification:
-        config = MoleBlendEnsembleConfig(**{**config.to_diff_dict(), "auto_map": None, "num_members": 2})
-    model = model_class(config).eval()
-    model.save_pretrained(folder)
-    MoleBlendProcessor(max_atoms=77).save_pretrained(folder)
-    draws = {"generator": torch.Generator().manual_seed(0)} if model_class is MoleBlendForPreTraining else {}
-    with torch.no_grad():
-        outputs = model(**MoleBlendProcessor()(SMILES), **draws)
-    expected = outputs.loss if outputs.get("loss") is not None else outputs[0]
-    # What was saved without the package loads without it, too: once a config is enough.
-    sources = (folder, again) if auto == "AutoModel" or "Ensemble" in model_class.__name__ else (folder,)
-    for source in sources:
-        code = LOAD.format(auto=auto, folder=str(source), again=str(again), smiles=SMILES)
-        name, config_name, result = json.loads(in_fresh_process(code, tmp_path).splitlines()[-1])
-        assert (name, config_name) == (model_class.__name__, type(config).__name__)
-        assert result == pytest.approx(expected.flatten().tolist(), abs=1e-6)
-    assert (again / "processing_moleblend.py").exists()
+def test_saved_folders_load_without_the_package_and_save_again(tmp_path):
+    """What was saved without the package loads without it, too."""
+    classes = {
+        MoleBlendModel: "AutoModel",
+        MoleBlendForPreTraining: "AutoModelForPreTraining",
+        MoleBlendForSequenceClassification: "AutoModelForSequenceClassification",
+        MoleBlendForTokenClassification: "AutoModelForTokenClassification",
+        MoleBlendEnsembleForSequenceClassification: "AutoModelForSequenceClassification",
+    }
+    expected = []
+    for model_class in classes:
+        config = tiny_config()
+        if model_class not in (MoleBlendModel, MoleBlendForPreTraining):
+            transforms = ["signed_log10", "none"]
+            scales = {"target_means": [0.4, -3.0], "target_scales": [0.2, 2.0], "target_transforms": transforms}
+            config = tiny_config(num_labels=2, problem_type="regression", **scales)
+        if model_class is MoleBlendEnsembleForSequenceClassification:
+            config = MoleBlendEnsembleConfig(**{**config.to_diff_dict(), "auto_map": None, "num_members": 2})
+        model = model_class(config).eval()
+        model.save_pretrained(tmp_path / "0" / model_class.__name__)
+        MoleBlendProcessor(max_atoms=77).save_pretrained(tmp_path / "0" / model_class.__name__)
+        draws = {"generator": torch.Generator().manual_seed(0)} if model_class is MoleBlendForPreTraining else {}
+        with torch.no_grad():
+            outputs = model(**MoleBlendProcessor()(SMILES), **draws)
+        first = outputs.loss if outputs.get("loss") is not None else outputs[0]
+        expected.append((model_class.__name__, type(config).__name__, first.flatten().tolist()))
+    for time in (0, 1):
+        loads = [
+            (auto, *(str(tmp_path / str(number) / model_class.__name__) for number in (time, time + 1)))
+            for model_class, auto in classes.items()
+        ]
+        found = in_fresh_process(LOAD.format(loads=loads, smiles=SMILES), tmp_path).splitlines()[-len(classes) :]
+        for line, (model_name, config_name, values) in zip(map(json.loads, found), expected, strict=True):
+            assert line[:2] == [model_name, config_name]
+            assert line[2] == pytest.approx(values, abs=1e-6)
+    assert (tmp_path / "2" / "MoleBlendModel" / "processing_moleblend.py").exists()
 
 
 def test_every_auto_model_loads_from_a_pretraining_folder(tmp_path, folder):

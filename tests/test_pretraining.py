@@ -505,8 +505,8 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_ended_goes_on_as_if_it_had_not_been(number, dataset, tmp_path):
     """SIGTERM saves and stops in order, also if the workers of the DataLoader get it; SIGKILL leaves the last checkpoint."""
-    every = "400" if number == signal.SIGTERM else "7"
-    flags = ["--max_steps", "400", "--eval_steps", "400", "--logging_steps", "1", "--checkpointing_steps", every]
+    every = "120" if number == signal.SIGTERM else "7"
+    flags = ["--max_steps", "120", "--eval_steps", "120", "--logging_steps", "1", "--checkpointing_steps", every]
     process = launched(dataset, tmp_path / "ended", *flags, "--num_workers", "1", start_new_session=True)
     log = tmp_path / "ended" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -515,7 +515,7 @@ def test_a_run_that_is_ended_goes_on_as_if_it_had_not_been(number, dataset, tmp_
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=120)
     saved = run_state.checkpoints_in(tmp_path / "ended" / "checkpoints")
-    assert saved[-1].name != "step-400"
+    assert saved[-1].name != "step-120"
     if number == signal.SIGTERM:
         assert process.returncode == 0, errors[-3000:]
         assert re.search(r"Stopped at step \d+: it was told to stop. Continue with --resume auto", output)
@@ -523,7 +523,7 @@ def test_a_run_that_is_ended_goes_on_as_if_it_had_not_been(number, dataset, tmp_
     else:
         assert process.returncode == -number
     resumed = run(dataset, tmp_path / "ended", *flags, "--resume", "auto", model=STILL)
-    whole = run(dataset, tmp_path / "whole", *flags[:-1], "400", model=STILL)
+    whole = run(dataset, tmp_path / "whole", *flags[:-1], "120", model=STILL)
     expected, got = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
