@@ -95,7 +95,6 @@ def open_together(names: Sequence[str]) -> PreprocessedDataset:
         splits[split] = datasets.concatenate_datasets(
             [part.select_columns([*columns, *GRAPH_COLUMNS]) for part in parts]
         )
-    about["num_with_coordinates"] = sum(dataset.about["num_with_coordinates"] for dataset in opened)
     return PreprocessedDataset(", ".join(names), splits, about)
 
 

@@ -198,9 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
-    settings = dataclasses.replace(
-        settings, mixed_precision=accelerator.mixed_precision
-    )  # which launch may have chosen
+    # Which `accelerate launch` may have chosen.
+    settings = dataclasses.replace(settings, mixed_precision=accelerator.mixed_precision)
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed steps by rules of its own. FSDP shards as it does: configs/accelerate/fsdp.yaml.")
@@ -305,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{settings.description or 'Pretraining'}\n"
         f"  model    {num_parameters:,} parameters on {device.type}, {num_processes} process(es)\n"
         f"  data     {facts['num_training']:,} molecules to train on, {facts['num_held_out']:,} held out, "
-        f"{num_left_out:,} too large; {facts['num_with_coordinates']:,} of all have a geometry\n"
+        f"{num_left_out:,} left out as too large; {facts['num_with_coordinates']:,} of these have a geometry\n"
         f"  steps    {step:,} to {settings.max_steps:,} of {settings.batch_size:,} molecules "
         f"({batches.steps_per_epoch:,} steps an epoch), in parts of up to {budget.max_tokens:,} padded tokens and "
         f"{budget.max_pairs:,} pairs\n"
