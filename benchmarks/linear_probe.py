@@ -63,7 +63,7 @@ def probed(train: np.ndarray, labels: np.ndarray, held: np.ndarray, measured: np
 
 def drawn_rows(dataset: PreprocessedDataset, part: str, num: int) -> np.ndarray:
     """Rows of a part: all, or so many drawn by a fixed seed."""
-    return np.sort(np.random.default_rng(0).permutation(len(dataset.splits[part]))[:num])
+    return np.sort(np.random.default_rng(0).permutation(len(dataset.part(part)))[:num])
 
 
 def results(
@@ -73,11 +73,11 @@ def results(
     dataset = open_dataset(data)
     names = targets.split(",") if targets else [target["name"] for target in dataset.about["targets"]]
     rows = {name: drawn_rows(dataset, name, num_molecules) for name in ("train", part)}
-    graphs = {name: graphs_of(dataset.splits[name], found) for name, found in rows.items()}
-    labels = {name: labelled(dataset.splits[name], names).labels[found] for name, found in rows.items()}
+    graphs = {name: graphs_of(dataset.part(name), found) for name, found in rows.items()}
+    labels = {name: labelled(dataset.part(name), names).labels[found] for name, found in rows.items()}
     for model in [*models, RANDOM, ECFP4]:
         if model == ECFP4:
-            found = {name: {ECFP4: fingerprints(dataset.splits[name].select(rows[name])["smiles"])} for name in rows}
+            found = {name: {ECFP4: fingerprints(dataset.part(name).select(rows[name])["smiles"])} for name in rows}
         else:
             like = models[0] if model == RANDOM else model
             found = {name: embeddings(model, like, graphs[name], modality) for name in rows}

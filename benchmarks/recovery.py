@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model = AutoModelForPreTraining.from_pretrained(args.model).eval()
     processor = AutoFeatureExtractor.from_pretrained(args.model, modality="auto")
-    rows = open_dataset(args.data).splits[args.part]
+    rows = open_dataset(args.data).part(args.part)
     rows = rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[: args.num_molecules]))
     graphs, smiles = graphs_of(rows), rows["smiles"]
     paths = [f"{bonds} bond{'s' * (bonds > 1)}" for bonds in range(1, LONGEST)] + [f"{LONGEST} bonds or more"]

@@ -267,7 +267,10 @@ def test_several_datasets_are_one_and_no_molecule_of_the_validation_split_is_tra
     folder = run(f"{first},{second}", tmp_path / "run")
     facts = json.loads((folder / "training_settings.json").read_text())
     assert (facts["num_training"], facts["num_held_out"]) == (40 + 10, 8)
-    assert ModelCard.load(folder / "README.md").data.datasets == ["first", "second"]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.datasets == ["first", "second"]
+    assert [corpus["held_out"] for corpus in facts["corpora"]] == [True, False]
+    assert "one seed.\nThey are from QM9 alone: nothing is said" in card.content
     training, _ = data.training_and_held_out(data.open_together([str(first), str(second)]), 8, seed=0)
     assert training.indices.tolist() == list(
         range(50)

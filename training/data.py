@@ -39,6 +39,14 @@ class PreprocessedDataset:
         """A processor with the settings of this dataset, but for those given."""
         return MoleBlendProcessor(**self.about["processor"] | settings)
 
+    def part(self, name: str) -> datasets.Dataset:
+        """Rows of a part."""
+        if name not in self.splits:
+            raise ValueError(
+                f"The dataset {self.name!r} has no part {name!r}; it has {', '.join(self.splits)}. Preprocess it with --split."
+            )
+        return self.splits[name]
+
     def check(self, processor: MoleBlendProcessor) -> None:
         """Raise unless the graphs are those that this processor would make."""
         stored = self.about["processor"]
@@ -80,12 +88,20 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
 
 
 def open_together(names: Sequence[str]) -> PreprocessedDataset:
-    """Several datasets as one: the rows of a split one dataset after the other, without targets. `about` has all `corpora`."""
+    """Several datasets as one: the rows of a split one dataset after the other, without targets.
+
+    `about` has all `corpora`, each with whether it is among those that `training_and_held_out` holds molecules out of.
+    """
     first, *others = opened = [open_dataset(name) for name in names]
     for other in others:
         other.check(first.processor())
     hashes = [dataset.about["content_sha256"] for dataset in opened]
-    about = first.about | {"corpora": [dataset.about["corpus"] for dataset in opened], "content_sha256": hashes}
+    validated = ["validation" in dataset.splits for dataset in opened]
+    corpora = [
+        dataset.about["corpus"] | {"held_out": here or not any(validated)}
+        for dataset, here in zip(opened, validated, strict=True)
+    ]
+    about = first.about | {"corpora": corpora, "content_sha256": hashes}
     if not others:
         return replace(first, about=about)
     splits = datasets.DatasetDict()
