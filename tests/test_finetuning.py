@@ -81,6 +81,13 @@ def test_a_run_that_its_minutes_end_says_so(base, table, tmp_path):
     assert "ended by max_minutes" in (tmp_path / "README.md").read_text()
 
 
+def test_fewer_molecules_are_drawn_for_training_and_validation_and_the_test_stays(base, table, tmp_path):
+    flags = ["--targets", "size", "--epochs", "1", "--no-baseline", "--max_training_molecules", "9"]
+    parts = run(base, table, tmp_path, *flags, "--max_validation_molecules", "4")["split"]["parts"]
+    num_test = sum(line.endswith(",test") for line in table.read_text().splitlines())
+    assert [parts[name]["rows"] for name in ("train", "validation", "test")] == [9, 4, num_test]
+
+
 def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table, tmp_path):
     output = tmp_path / "model"
     run(

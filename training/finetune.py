@@ -1,6 +1,7 @@
 r"""Fine-tune MoleBLEND on measured or computed properties, and report honestly how good it is.
 
-A table        python training/finetune.py --model FOLDER --input my.csv --smiles_column SMILES --targets pIC50 --output_dir OUT
+A table        python training/finetune.py --input my.csv --smiles_column SMILES --targets pIC50 --output_dir OUT
+A checkpoint   ... --model FOLDER                                      (else model_cards/moleblend-small)
 Binary tasks   ... --task classification --targets active,toxic        (cells 0 or 1, empty where not measured)
 Geometries     ... --input my.sdf --targets gap                        (an SDF with 3D; or --modality 2d+3d to make conformers)
 A dataset      ... --input data/qm9 --targets gap,mu                   (a folder that preprocess.py wrote, or its name on the Hub)
@@ -88,7 +89,11 @@ class FinetuningSettings:
     overwrite: bool = setting("run", "delete what is in OUTPUT_DIR", False)
     num_proc: int = setting("run", "processes that featurize", 1)
 
-    model: str = setting("model", "checkpoint folder, or its name on the Hub: pretrained, or fine-tuned before")
+    model: str = setting(
+        "model",
+        "checkpoint folder, or its name on the Hub: pretrained, or fine-tuned before",
+        str(HERE.parent / "model_cards" / "moleblend-small"),
+    )
     model_settings: dict[str, Any] = setting(
         "model", "fields of MoleBlendConfig to change, e.g. readout=mean classifier_dropout=0.1", {}
     )
@@ -122,6 +127,7 @@ class FinetuningSettings:
         "data", "further settings of preprocess.py for a file, e.g. split_column=set units='{gap: hartree}'", {}
     )
     max_training_molecules: int | None = setting("data", "train on so many, drawn with SPLIT_SEED", None)
+    max_validation_molecules: int | None = setting("data", "validate on so many, drawn with SPLIT_SEED", None)
 
     seeds: int = setting("optimization", "models to train, with the seeds SEED, SEED + 1 ...; saved as an ensemble", 1)
     folds: int | None = setting(
@@ -469,6 +475,11 @@ def task_of(settings: FinetuningSettings, dataset: PreprocessedDataset) -> Task:
     )
 
 
+def some_of(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
+    """So many of the rows at most, in their order."""
+    return rows if most is None else np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:most]])
+
+
 def fold_rows(data: Data, rows: np.ndarray, settings: FinetuningSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Training and validation rows of each fold; the rows of one molecule are in one fold."""
     keys = [data.labelled.inchikeys[row] or data.labelled.smiles[row] for row in rows]
@@ -581,9 +592,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     task = task_of(settings, dataset)
     data = Data.of(dataset, task.names)
     training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
-    if settings.max_training_molecules is not None:
-        drawn = np.random.default_rng(settings.split_seed).permutation(len(training))
-        training = np.sort(training[drawn[: settings.max_training_molecules]])
+    training = some_of(training, settings.max_training_molecules, settings.split_seed)
+    validation = some_of(validation, settings.max_validation_molecules, settings.split_seed)
     for part, rows in zip(PARTS, (training, validation, test), strict=True):
         if not len(rows):
             raise ValueError(f"No molecule of the {part} part has a label. Split the data another way with --split.")
