@@ -23,6 +23,7 @@ import learning_curves
 import linear_probe
 import moleculenet
 import recovery
+import retrieval
 
 SAMPLE = Path(__file__).parents[1] / "training" / "sample"
 ESOL = "measured log solubility in mols per litre"
@@ -179,3 +180,23 @@ def test_what_is_recovered_is_told_by_class_with_examples(model, dataset, capsys
     perceived = re.search(r"DetermineConnectivity: ([\d.]+)% of the shortest paths", told)
     assert float(perceived[1]) > 95  # of QM9's DFT geometries
     assert len(re.findall(r"^- `.*angstrom apart: \d+ bonds, (?:recovered|mistaken) as \d+", told, re.MULTILINE)) >= 2
+
+
+def test_ranks_count_the_keys_that_are_nearer_than_ones_own():
+    own = np.eye(5) + np.random.default_rng(0).normal(scale=0.01, size=(5, 5))
+    assert retrieval.ranks(retrieval.similarities(3 * own + 1, own)).tolist() == [0] * 5  # another scale and origin
+    shifted = retrieval.ranks(retrieval.similarities(own, np.roll(own, 1, axis=0)))
+    assert (shifted > 0).all()
+
+
+def test_what_the_geometry_of_a_molecule_finds_is_told_for_all_and_for_isomers(model, dataset, capsys):
+    retrieval.main(["--model", str(model), "--data", str(dataset), "--part", "train"])
+    _, _, *rows = rows_of(capsys.readouterr().out)
+    table = [row for row in rows if len(row) == 7]
+    assert [row[1] for row in table] == [kind for kind in ("graph token", "mean of atoms", "both") for _ in "12"] * 2
+    assert table[0][2] == "all 24"
+    assert 1 < int(table[1][2].split(", ")[1]) < 24
+    for row in table:
+        first, ten, back, back_ten = (float(cell.rstrip("%")) for cell in row[3:])
+        assert first <= ten <= 100
+        assert back <= back_ten <= 100
