@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part that a probe sees, at most")
+    parser.add_argument("--layers", type=int, help="probe after so many of the lowest; left out: all")
     parser.add_argument("--output_dir", default="outputs/ablations")
     args, flags = parser.parse_known_args(argv)
     folders = {
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         recipe_of = {folder: recipe for recipe, runs in folders.items() if shown in SHOWN[recipe] for folder in runs}
         if not recipe_of:
             continue
-        probes = linear_probe.results(list(recipe_of), args.data, args.targets, args.part, shown, args.num_molecules)
+        probes = linear_probe.results(
+            list(recipe_of), args.data, args.targets, args.part, shown, args.num_molecules, args.layers
+        )
         for name, kind, target, metrics in probes:
             if kind == linear_probe.BOTH:
                 metric, value = next(iter(metrics.items()))

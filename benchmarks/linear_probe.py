@@ -1,6 +1,7 @@
 """What a linear model reads from the embeddings of pretrained checkpoints: how good they are before anything is fine-tuned.
 
     python benchmarks/linear_probe.py --models outputs/small,outputs/other --data data/qm9 --targets gap,homo,lumo,mu,alpha
+    python benchmarks/linear_probe.py --models outputs/small --data data/qm9 --layers 4          # of the lower layers alone
     python benchmarks/linear_probe.py --models outputs/small --data data/bbbp --part test        # once, at the end
 
 Embeddings are the state of the graph token, the mean over the atoms, and both side by side, standardised; on them ridge regression,
@@ -34,12 +35,15 @@ RANDOM, ECFP4 = "random weights", "ECFP4"
 BOTH = "both"
 
 
-def embeddings(name: str, like: str, graphs: list[MolecularGraph], modality: str) -> dict[str, np.ndarray]:
-    """(n, hidden_size) or twice that of graphs by a checkpoint, or by random weights in the shape of another."""
+def embeddings(
+    name: str, like: str, graphs: list[MolecularGraph], modality: str, layers: int | None = None
+) -> dict[str, np.ndarray]:
+    """(n, hidden_size) or twice that of graphs by a checkpoint, or by random weights in the shape of another; after all layers, or so many."""
     model = MoleBlendModel.from_pretrained(like)
     if name == RANDOM:
         torch.manual_seed(0)
         model = MoleBlendModel(model.config)
+    model.layers = model.layers[:layers]
     processor = MoleBlendProcessor.from_pretrained(like, modality=modality)
     token = np.stack(embed_graphs(model, processor, graphs))
     atoms = np.stack([states.mean(0) for states in embed_graphs(model, processor, graphs, atoms=True)])
@@ -67,7 +71,7 @@ def drawn_rows(dataset: PreprocessedDataset, part: str, num: int) -> np.ndarray:
 
 
 def results(
-    models: list[str], data: str, targets: str | None, part: str, modality: str, num_molecules: int
+    models: list[str], data: str, targets: str | None, part: str, modality: str, num_molecules: int, layers: int | None
 ) -> Iterator[tuple[str, str, str, dict[str, float]]]:
     """Checkpoint, embedding, target, metrics; the arguments are the flags."""
     dataset = open_dataset(data)
@@ -80,7 +84,7 @@ def results(
             found = {name: {ECFP4: fingerprints(dataset.part(name).select(rows[name])["smiles"])} for name in rows}
         else:
             like = models[0] if model == RANDOM else model
-            found = {name: embeddings(model, like, graphs[name], modality) for name in rows}
+            found = {name: embeddings(model, like, graphs[name], modality, layers) for name in rows}
         for kind in found[part]:
             for column, target in enumerate(names):
                 (train, known), (held, measured) = (
@@ -98,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--modality", default="auto", choices=("auto", "2d", "3d"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part, at most")
+    parser.add_argument("--layers", type=int, help="embed with so many of the lowest; left out: all")
     print("| checkpoint | embedding | target | metrics |\n|---|---|---|---|")
     args = vars(parser.parse_args(argv))
     for name, kind, target, metrics in results(**args | {"models": args["models"].split(",")}):

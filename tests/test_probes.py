@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
+from moleblend_hf import MoleBlendForPreTraining, MoleBlendModel, MoleBlendProcessor
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "benchmarks")]
 import ablations
@@ -92,6 +92,15 @@ def model(tmp_path_factory) -> Path:
     MoleBlendForPreTraining(tiny_config()).save_pretrained(folder)
     MoleBlendProcessor().save_pretrained(folder)
     return folder
+
+
+def test_a_probe_of_fewer_layers_sees_the_state_after_them(model):
+    graphs = [MoleBlendProcessor().featurize(smiles) for smiles in ("CCO", "c1ccccc1O")]
+    found = linear_probe.embeddings(str(model), str(model), graphs, "2d", layers=1)["graph token"]
+    batch = MoleBlendProcessor().pad(graphs)
+    states = MoleBlendModel.from_pretrained(model).eval()(**batch, output_hidden_states=True).hidden_states
+    assert len(states) > 2
+    np.testing.assert_allclose(found, states[1][:, 0].detach().numpy(), atol=1e-5)
 
 
 def rows_of(told: str) -> list[list[str]]:
