@@ -61,6 +61,8 @@ def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         gc.collect()
+        if not (folder / "model.safetensors").is_file():
+            raise SystemExit(f"{folder} was stopped. The same command goes on there.")
     return folder
 
 

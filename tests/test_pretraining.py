@@ -145,7 +145,7 @@ def python_block(document: Path) -> str:
 
 def test_the_readmes_example_runs_on_the_folder(finished_run):
     names: dict = {}
-    exec(python_block(TRAINING.parent / "README.md").replace("outputs/pretrain", str(finished_run)), names)
+    exec(python_block(TRAINING.parent / "README.md").replace("model_cards/moleblend-small", str(finished_run)), names)
     assert names["embeddings"].shape == (2, 16)
 
 

@@ -52,6 +52,9 @@ def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(
     flags = ["--data", dataset, "--max_steps", "2", "--seeds", "0,1", "--recipes", "small,ablation_2d_only"]
     flags += ["--output_dir", tmp_path, "--batch_size", "8", "--held_out_molecules", "8", "--trackers", "", *TINY]
     flags = [str(flag) for flag in flags]
+    with pytest.raises(SystemExit, match=r"small-0 was stopped\. The same command goes on"):
+        ablations.main([*flags, "--max_hours", "1e-9"])
+    capsys.readouterr()
     ablations.main(flags)
     first = capsys.readouterr().out
     lines = [line for line in first.splitlines() if line.startswith("|")]

@@ -2,6 +2,7 @@
 
 They run in a folder that has what a reader of README would have:
 
+- `model_cards`, as it is.
 - `outputs/pretrain`, a pretraining checkpoint, and `outputs/finetune`, a fine-tuned one for regression with the target "pIC50",
   calibrated; each with processor, card and reference outputs. Both are tiny.
 - `molecules.csv` with the columns smiles and pIC50, and `molecules.sdf` with geometries.
@@ -93,6 +94,7 @@ def save(model, folder: Path) -> None:
 def place(tmp_path_factory):
     """The folder of a reader."""
     folder = tmp_path_factory.mktemp("reader")
+    (folder / "model_cards").symlink_to(README.parent / "model_cards")
     save(MoleBlendForPreTraining(tiny_config()), folder / "outputs" / "pretrain")
     target = {"id2label": {0: "pIC50"}, "label2id": {"pIC50": 0}, "problem_type": "regression"}
     calibration = {"conformal_coverage": 0.9, "conformal_quantiles": [0.5]}
