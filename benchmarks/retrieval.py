@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     graphs = graphs_of(rows)
     has_geometry = [index for index, graph in enumerate(graphs) if len(graph.coordinates)]
     graphs, smiles = [graphs[index] for index in has_geometry], rows.select(has_geometry)["smiles"]
-    atoms = [np.sort(graph.atom_features.astype(np.uint8).view("V9").ravel()).tobytes() for graph in graphs]
-    _, kinds, sizes = np.unique(np.array(atoms, dtype=object), return_inverse=True, return_counts=True)
+    atoms = [str(sorted(graph.atom_features.tolist())) for graph in graphs]
+    _, kinds, sizes = np.unique(atoms, return_inverse=True, return_counts=True)
     alike = sizes[kinds] > 1
     pools = {
         f"all {len(graphs):,}": (np.zeros_like(kinds), np.full(len(graphs), True), 1 / len(graphs)),

@@ -30,7 +30,7 @@ def flags_of():
         if name not in known:
             with pytest.raises(SystemExit, match="0"):
                 importlib.import_module(name).main(["--help"])
-            known[name] = set(re.findall(r"--\w+", capsys.readouterr().out))
+            known[name] = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         return known[name]
 
     return flags
