@@ -536,6 +536,41 @@ def test_readouts_ignore_padding(batch, processor, readout):
     torch.testing.assert_close(model(**alone).logits[0], model(**batch).logits[3], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("readout", ["graph_token", "mean"])
+def test_weighted_layer_sum_begins_as_the_mean_and_learns(batch, readout):
+    config = tiny_config(num_labels=2, readout=readout, use_weighted_layer_sum=True)
+    model = MoleBlendForSequenceClassification(config).eval()
+    outputs = model(**batch, output_hidden_states=True)
+    mean = torch.stack(outputs.hidden_states).mean(0)
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    expected = model.classifier(mean[:, 0])
+    if readout == "mean":
+        mask = batch["attention_mask"].unsqueeze(-1)
+        expected = (model.classifier(mean[:, 1:]) * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(outputs.logits, expected)
+    assert model(**batch).hidden_states is None
+    outputs.logits.sum().backward()
+    assert model.layer_sum.layer_weights.grad.abs().min() > 0
+    # All weight on the last layer: the model without the sum.
+    with torch.no_grad():
+        model.layer_sum.layer_weights[-1] = 100
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("layer_sum.")}
+    plain = MoleBlendForSequenceClassification(tiny_config(num_labels=2, readout=readout)).eval()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
+def test_weighted_layer_sum_is_saved_and_begins_anew_from_a_checkpoint_without_it(batch, tmp_path):
+    plain = MoleBlendForTokenClassification(tiny_config(num_labels=1))
+    plain.save_pretrained(tmp_path / "plain")
+    model = MoleBlendForTokenClassification.from_pretrained(tmp_path / "plain", use_weighted_layer_sum=True)
+    assert model.layer_sum.layer_weights.tolist() == [0.0] * (model.config.num_hidden_layers + 1)
+    torch.nn.init.normal_(model.layer_sum.layer_weights)
+    model.save_pretrained(tmp_path / "mixed")
+    again = MoleBlendForTokenClassification.from_pretrained(tmp_path / "mixed")
+    torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
 def test_weights_of_labels_reach_the_loss(batch):
     model = MoleBlendForSequenceClassification(tiny_config(num_labels=2, problem_type="regression")).eval()
     labels = torch.randn(len(batch["degree"]), 2)
