@@ -152,7 +152,6 @@ def test_parts_of_a_step_do_not_change_what_is_learned(base, table, tmp_path):
         torch.testing.assert_close(values, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_does(base, table, tmp_path):
     off = ["--model_settings", "attention_dropout=0", "activation_dropout=0", "drop_path_rate=0"]
     arguments = [

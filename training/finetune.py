@@ -656,7 +656,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         final, reported = MoleBlendEnsembleForSequenceClassification.from_members(members), ENSEMBLE  # type: ignore[arg-type]
     final = final.to(accelerator.device)
     if settings.folds is None:
-        calibration_rows, calibration_values = validation, finetuning.predict(final, validation)
+        # Not `finetuning.predict`, which would wait for the other processes.
+        found = predict_graphs(final, processor, graphs_of(data.rows, validation), finetuning.budget())
+        calibration_rows, calibration_values = validation, found.values
     else:
         calibration_rows = np.concatenate([rows for _, _, rows in cuts])
         calibration_values = np.concatenate(unseen)
