@@ -126,6 +126,14 @@ def test_embed_returns_molecules_and_atoms_in_order(encoder, processor, real_mol
     assert_same(embedded.atom_embeddings, [state[1:] for state in together])
 
 
+def test_fewer_layers_of_a_checkpoint_are_its_lowest(batch, tmp_path):
+    model = MoleBlendForPreTraining(tiny_config()).eval()
+    model.save_pretrained(tmp_path)
+    lowest = MoleBlendModel.from_pretrained(tmp_path, num_hidden_layers=1)
+    expected = model.moleblend(**batch, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(lowest(**batch).last_hidden_state, expected)
+
+
 def test_embed_leaves_out_what_was_rejected(encoder, processor):
     embedded = encoder.embed(["CCO", "C1CC", "C"], processor, on_error="skip")
     assert len(embedded.molecule_embeddings) == 2

@@ -105,6 +105,9 @@ class MoleBlendConfig(PreTrainedConfig):
         Weights of the shortest-path, bond-path, relative-position and coordinate-denoising losses in `loss`.
     readout (`str`, *optional*, defaults to `"graph_token"`):
         What the property head reads: `"graph_token"`, or every atom with the outputs pooled by `"mean"` or `"sum"`.
+    use_weighted_layer_sum (`bool`, *optional*, defaults to `False`):
+        Whether the property head reads a mean of the states of all layers, with learned weights, in place of the last
+        layer's: what pretraining asks for has turned the last layers away from some properties (RESULTS.md).
     classifier_dropout (`float`, *optional*, defaults to 0.0):
         Dropout in the property head.
     target_transforms (`list[str]`, *optional*):
@@ -184,6 +187,7 @@ class MoleBlendConfig(PreTrainedConfig):
     loss_weights: list[float | int] | tuple[float | int, ...] = (0.1, 0.1, 0.5, 6.0)
 
     readout: Literal["graph_token", "mean", "sum"] = "graph_token"
+    use_weighted_layer_sum: bool = False
     classifier_dropout: float | int = 0.0
     target_transforms: list[str] | tuple[str, ...] | None = None
     target_means: list[float | int] | tuple[float | int, ...] | None = None

@@ -132,6 +132,19 @@ class MoleBlendCoordinateDenoisingHead(nn.Module):
         return (pair_vectors * relative_directions).sum(2) + self.out_proj.bias
 
 
+class MoleBlendWeightedLayerSum(nn.Module):
+    """Mean of the states of all layers with learned weights, a softmax that begins as the plain mean (as in ELMo and SUPERB)."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+
+    def forward(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The embeddings and what each layer makes of them, `(B, L, D)` each, to `(B, L, D)`."""
+        weights = F.softmax(self.layer_weights, dim=0, dtype=torch.float32).to(hidden_states[0].dtype)
+        return torch.einsum("k,kbld->bld", weights, torch.stack(hidden_states))
+
+
 class MoleBlendPropertyHead(nn.Module):
     """Two dense layers (the RoBERTa classification head without its layer norm)."""
 

@@ -59,6 +59,7 @@ from .heads_moleblend import (
     MoleBlendOuterProductPairHead,
     MoleBlendPropertyHead,
     MoleBlendRelativePositionHead,
+    MoleBlendWeightedLayerSum,
 )
 from .rows_moleblend import RowSelection, cross_entropy_sum, drop_path, drop_values, gathers, masked_mean, masked_sum
 from .targets_moleblend import PropertyKwargs, in_target_units, property_loss
@@ -346,6 +347,8 @@ class MoleBlendPreTrainedModel(PreTrainedModel):
             init.normal_(module.graph_token_bias, std=std)
         elif isinstance(module, MoleBlendModel):
             init.normal_(module.graph_token, std=std)
+        elif isinstance(module, MoleBlendWeightedLayerSum):
+            init.zeros_(module.layer_weights)
 
 
 @auto_docstring(custom_intro="Output of [`MoleBlendModel`].")
@@ -804,6 +807,30 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         )
 
 
+class MoleBlendPropertyModel(MoleBlendPreTrainedModel):
+    """What the models of properties share: the encoder, the head, and which states the head reads."""
+
+    def __init__(self, config: MoleBlendConfig):
+        super().__init__(config)
+        self.moleblend = MoleBlendModel(config)
+        # CODEPATH: without, the original's fine-tuned checkpoints, whose head reads the last layer.
+        self.layer_sum = MoleBlendWeightedLayerSum(config) if config.use_weighted_layer_sum else None
+        self.classifier = MoleBlendPropertyHead(config)
+        self.post_init()
+
+    def encode(self, atom_features: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, MoleBlendModelOutput]:
+        """The states that the head reads, `(B, L, D)`, and the encoder's output."""
+        if self.layer_sum is None:
+            outputs = self.moleblend(atom_features, **kwargs)
+            return outputs.last_hidden_state, outputs
+        asked_for = kwargs.pop("output_hidden_states", None)
+        outputs = self.moleblend(atom_features, output_hidden_states=True, **kwargs)
+        states = self.layer_sum(outputs.hidden_states)
+        if not (self.config.output_hidden_states if asked_for is None else asked_for):
+            outputs.hidden_states = None
+        return states, outputs
+
+
 @auto_docstring(
     custom_intro="""
     MoleBLEND for molecular property prediction: regression with one or several targets, binary classification with one
@@ -811,13 +838,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
     integers.
     """
 )
-class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__(config)
-        self.moleblend = MoleBlendModel(config)
-        self.classifier = MoleBlendPropertyHead(config)
-        self.post_init()
-
+class MoleBlendForSequenceClassification(MoleBlendPropertyModel):
     @can_return_tuple
     @auto_docstring(
         custom_args=MODEL_INPUTS_DOCSTRING
@@ -855,7 +876,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         ```
         """
         label_weights = kwargs.pop("label_weights", None)
-        outputs = self.moleblend(
+        states, outputs = self.encode(
             atom_features,
             attention_mask=attention_mask,
             degree=degree,
@@ -868,10 +889,10 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
         # CODEPATH: "graph_token" is the original's fine-tuned checkpoints; its code offers the others, where the head
         # reads each atom and its outputs are pooled.
         if self.config.readout == "graph_token":
-            logits = self.classifier(outputs.pooler_output)
+            logits = self.classifier(states[:, 0])
         else:
             atom_mask = (atom_features[..., 0] > 0) if attention_mask is None else attention_mask.bool()
-            logits = self.classifier(outputs.last_hidden_state[:, 1:]).masked_fill(~atom_mask.unsqueeze(-1), 0).sum(1)
+            logits = self.classifier(states[:, 1:]).masked_fill(~atom_mask.unsqueeze(-1), 0).sum(1)
             # CODEPATH: "mean" divides by the atoms, not by the padded length as the original does; "sum" does not.
             if self.config.readout == "mean":
                 logits = logits / atom_mask.sum(1, keepdim=True).clamp(min=1)
@@ -891,13 +912,7 @@ class MoleBlendForSequenceClassification(MoleBlendPreTrainedModel):
     labels are integers.
     """
 )
-class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
-    def __init__(self, config: MoleBlendConfig):
-        super().__init__(config)
-        self.moleblend = MoleBlendModel(config)
-        self.classifier = MoleBlendPropertyHead(config)
-        self.post_init()
-
+class MoleBlendForTokenClassification(MoleBlendPropertyModel):
     @can_return_tuple
     @auto_docstring(
         custom_args=MODEL_INPUTS_DOCSTRING
@@ -936,7 +951,7 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
         ```
         """
         label_weights = kwargs.pop("label_weights", None)
-        outputs = self.moleblend(
+        states, outputs = self.encode(
             atom_features,
             attention_mask=attention_mask,
             degree=degree,
@@ -946,7 +961,7 @@ class MoleBlendForTokenClassification(MoleBlendPreTrainedModel):
             coordinates_mask=coordinates_mask,
             **kwargs,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 1:])
+        logits = self.classifier(states[:, 1:])
         loss = None if labels is None else property_loss(logits, labels, self.config, label_weights)
         return TokenClassifierOutput(
             loss=loss,
