@@ -807,9 +807,10 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         )
 
 
+@auto_docstring(
+    custom_intro="What the models of properties share: the encoder, the head, and which states the head reads."
+)
 class MoleBlendPropertyModel(MoleBlendPreTrainedModel):
-    """What the models of properties share: the encoder, the head, and which states the head reads."""
-
     def __init__(self, config: MoleBlendConfig):
         super().__init__(config)
         self.moleblend = MoleBlendModel(config)

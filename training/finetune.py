@@ -657,8 +657,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     final = final.to(accelerator.device)
     if settings.folds is None:
         # Not `finetuning.predict`, which would wait for the other processes.
-        found = predict_graphs(final, processor, graphs_of(data.rows, validation), finetuning.budget())
-        calibration_rows, calibration_values = validation, found.values
+        graphs = graphs_of(data.rows, validation)
+        calibration_rows = validation
+        calibration_values = predict_graphs(final, processor, graphs, finetuning.budget()).values
     else:
         calibration_rows = np.concatenate([rows for _, _, rows in cuts])
         calibration_values = np.concatenate(unseen)
