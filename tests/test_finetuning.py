@@ -153,24 +153,21 @@ def test_parts_of_a_step_do_not_change_what_is_learned(base, table, tmp_path):
 
 
 def test_two_processes_learn_what_one_does(base, table, tmp_path):
-    off = ["--model_settings", "attention_dropout=0", "activation_dropout=0", "drop_path_rate=0"]
-    arguments = [
-        "--model",
-        str(base),
-        "--input",
-        str(table),
-        "--split",
-        "given",
-        "--preprocessing",
-        "split_column=part",
+    flags = [
+        "--targets",
+        "size",
+        "--model_settings",
+        "attention_dropout=0",
+        "activation_dropout=0",
+        "drop_path_rate=0",
     ]
-    arguments += [*SHORT, "--targets", "size", *off]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(base, table, one, *flags)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = str(TRAINING / "finetune.py")
-    one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, script, *arguments, "--output_dir", str(one)], check=True)
-    subprocess.run([*launch, script, *arguments, "--output_dir", str(two)], check=True)
+    arguments = ["--model", str(base), "--input", str(table), "--split", "given", *SHORT, *flags]
+    arguments += ["--preprocessing", "split_column=part", "--output_dir", str(two)]
+    subprocess.run([*launch, str(TRAINING / "finetune.py"), *arguments], check=True)
     expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
     for name, values in expected.items():
         torch.testing.assert_close(values, found[name], atol=1e-5, rtol=1e-4)
