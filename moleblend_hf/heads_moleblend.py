@@ -40,7 +40,7 @@ def pair_products(first: torch.Tensor, second: torch.Tensor, weight: torch.Tenso
     """
     contracted = first @ weight.unflatten(1, (first.shape[-1], -1)).permute(1, 0, 2).flatten(1).to(first.dtype)
     contracted = contracted.unflatten(-1, (weight.shape[0], -1))  # (B, N, C, p)
-    return torch.matmul(second.unsqueeze(1), contracted.transpose(-1, -2)) + bias
+    return torch.matmul(second.unsqueeze(1), contracted.transpose(-1, -2)) + bias.to(contracted.dtype)
 
 
 class MoleBlendPairProjection(nn.Module):

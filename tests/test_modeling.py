@@ -280,6 +280,30 @@ def test_bf16_weights_run(batch):
     assert outputs.logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_with_dropout_on_a_cpu_keeps_the_dtype_of_the_model(batch, dtype):
+    """It is computed in float32, or better where the model is."""
+    model = MoleBlendModel(tiny_config(attention_dropout=0.1, output_attentions=True)).to(dtype).train()
+    outputs = model(**batch)
+    assert outputs.last_hidden_state.dtype == dtype
+    assert outputs.attentions[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_kernels_far_from_a_distance_are_no_denormal_numbers(batch):
+    """Those take a processor a hundred times longer, and so do products in which they arise."""
+    model = MoleBlendModel(tiny_config())
+    kernels = model.distance_embedding
+    with torch.no_grad():
+        kernels.stds.fill_(0.05)  # 13.2 kernel widths from the mean exp(-z^2 / 2) is 1e-38
+        kernels.means.copy_(torch.linspace(0, 9, len(kernels.means)))
+    elements = batch["atom_features"][..., 0]
+    distances = torch.linspace(0, 9, elements.numel() * elements.shape[1]).view(*elements.shape, -1)
+    pairs = rows.RowSelection(torch.ones_like(distances, dtype=torch.bool), gather=True)
+    values = kernels(elements, distances, pairs)
+    assert 0 < values.min() < 1e-25
+    assert values.min() > 1e6 * torch.finfo(torch.float32).tiny
+
+
 def replica(module: torch.nn.Module) -> torch.nn.Module:
     """A copy as `torch.nn.DataParallel` makes it for each GPU: its weights are attributes, but no parameters."""
     copied = module._replicate_for_data_parallel()

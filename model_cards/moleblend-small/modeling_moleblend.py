@@ -69,6 +69,9 @@ GAUSSIAN_PI = 3.14159
 # Added to each kernel's width, and to a distance before dividing by it.
 GAUSSIAN_WIDTH_OFFSET = 0.01
 DIRECTION_EPS = 1e-5
+# Logarithm of the smallest value of a kernel, 1e-26. Far from a narrow kernel values are denormal numbers, or become so when they
+# are multiplied; a processor takes up to a hundred times longer for those.
+GAUSSIAN_LOG_FLOOR = -60.0
 
 MODEL_INPUTS_DOCSTRING = r"""
     atom_features (`torch.LongTensor` of shape `(batch_size, num_atoms, 9)`):
@@ -144,10 +147,10 @@ class MoleBlendGaussianDistanceEmbedding(nn.Module):
             factor, offset = (first + second).unbind(-1)
             values = pairs.take(factor * distances + offset).unsqueeze(-1)
             widths = self.stds.float().abs() + GAUSSIAN_WIDTH_OFFSET
-            # exp(log c - z^2 / 2) with z = x / width - mean / width: three passes over the (rows, K) values.
+            # exp(log c - z^2 / 2) with z = x / width - mean / width: few passes over the (rows, K) values.
             scores = torch.addcmul(-self.means.float() / widths, values, 1 / widths)
             log_scale = -torch.log(widths * (2 * GAUSSIAN_PI) ** 0.5)
-            return torch.addcmul(log_scale, scores, scores, value=-0.5).exp()
+            return torch.addcmul(log_scale, scores, scores, value=-0.5).clamp(min=GAUSSIAN_LOG_FLOOR).exp()
 
 
 class MoleBlendAttentionBias(nn.Module):
@@ -210,12 +213,13 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.baddbmm(
-        attention_mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling
-    )
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype).view(attention_mask.shape)
-    probabilities = drop_values(probabilities, dropout, module.training)
-    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+    with torch.autocast(query.device.type, enabled=False):  # in the dtype of the query
+        scores = torch.baddbmm(
+            attention_mask.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scaling
+        )
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype).view(attention_mask.shape)
+        probabilities = drop_values(probabilities, dropout, module.training)
+        return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
 
 
 class MoleBlendAttention(nn.Module):
@@ -245,8 +249,11 @@ class MoleBlendAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         if self.training and self.attention_dropout > 0 and gathers(query):
-            # On CPU there is no fused kernel with dropout: SDPA would compute the same, slower.
+            # On CPU there is no fused kernel with dropout: SDPA would compute the same, slower. And a head's matrices are too
+            # small for bfloat16: to arrange them for its products takes longer than float32 takes for all of it.
             attention_interface = eager_attention_forward
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         context, probabilities = attention_interface(
             self,
             query,
@@ -257,7 +264,7 @@ class MoleBlendAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(tokens.take(context.flatten(2))), probabilities
+        return self.out_proj(tokens.take(context.flatten(2)).to(hidden_states.dtype)), probabilities
 
 
 class MoleBlendMLP(nn.Module):

@@ -94,7 +94,8 @@ def drop_values(values: torch.Tensor, rate: float, training: bool) -> torch.Tens
     threshold = round(rate * 2**16)
     draws = torch.empty((values.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = (draws[: values.numel()] >= threshold - 2**15).view(values.shape)
-    return values * kept * (2**16 / (2**16 - threshold))
+    # In the dtype of the values: a product with booleans converts them first, forward and backward.
+    return values * kept.to(values.dtype).mul_(2**16 / (2**16 - threshold))
 
 
 def drop_path(hidden_states: torch.Tensor, rate: float, tokens: RowSelection) -> torch.Tensor:
