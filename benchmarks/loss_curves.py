@@ -1,12 +1,13 @@
 r"""Do the ways to train faster train the same? Loss curves of a small model, each way beside the plain one and two seeds of it.
 
     python benchmarks/loss_curves.py                        # the sample, 300 steps; about ten minutes on two CPU cores
-    python benchmarks/loss_curves.py --dataset data/qm9
+    python benchmarks/loss_curves.py --dataset data/qm9 --config training/configs/small_cpu.yaml --batch_size 32 # 10 M parameters
     python benchmarks/loss_curves.py --ways bf16 parts      # without torch.compile, which takes most of the time
 
 Every curve is a run of `training/pretrain.py` with the recipe of the sample, but with the method's dropout. Plain is float32,
 eager, the whole batch padded to its largest molecule. Ways share the plain run's seed, and so its weights at the start, its
 batches and draws; only dropout may be drawn otherwise. The two seeds differ in all of it: a difference of that size is noise.
+Flags that are not named here go to pretrain.py.
 """
 
 import argparse
@@ -35,9 +36,9 @@ WAYS = {
 }
 
 
-def run(way: str, args: argparse.Namespace, folder: Path) -> tuple[dict[str, np.ndarray], float]:
+def run(way: str, args: argparse.Namespace, others: list[str], folder: Path) -> tuple[dict[str, np.ndarray], float]:
     """Train, and return the losses by name, (steps,) each, with their weighted sum as "loss"; and the seconds taken."""
-    flags = ["--output_dir", str(folder / way), "--dataset", args.dataset, "--max_steps", str(args.steps)]
+    flags = ["--output_dir", str(folder / way), "--dataset", args.dataset, "--max_steps", str(args.steps), *others]
     flags += ["--warmup_steps", str(args.steps // 10), "--logging_steps", "1"]
     flags += ["--eval_steps", str(args.steps), "--checkpointing_steps", str(args.steps)]
     flags += ["--mixed_precision", "no", "--max_tokens", "1000000000", "--max_pairs", "1000000000"]
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", default=[], metavar="KEY=VALUE", help="fields of MoleBlendConfig")
     parser.add_argument("--gpu", action="store_true", help="on the GPU, not the CPU")
     parser.add_argument("--plot", type=Path, default=Path("loss_curves.png"), help="where the picture goes")
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
 
     curves: dict[str, dict[str, np.ndarray]] = {}
     print(f"{args.steps} steps on {args.dataset}; curves are means of {args.window} steps")
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'distance from plain, largest / mean':38}" + "".join(f"{head.replace('_', ' '):>22}" for head in heads))
     with tempfile.TemporaryDirectory() as folder:
         for way in [PLAIN, "seed", *args.ways]:
-            curves[way], seconds = run(way, args, Path(folder))
+            curves[way], seconds = run(way, args, others, Path(folder))
             cells = []
             for name in ("loss", *LOSSES):
                 plain = smoothed(curves[PLAIN][name], args.window)

@@ -248,9 +248,10 @@ class MoleBlendAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.training and self.attention_dropout > 0 and gathers(query):
-            # On CPU there is no fused kernel with dropout: SDPA would compute the same, slower. And a head's matrices are too
-            # small for bfloat16: to arrange them for its products takes longer than float32 takes for all of it.
+        dropout = self.attention_dropout if self.training else 0.0
+        if (attention_bias.requires_grad or dropout > 0) and gathers(query):
+            # On CPU there is no fused kernel with dropout or a gradient of the bias: SDPA would compute the same, slower. And a
+            # head's matrices are too small for bfloat16: to arrange them takes longer than float32 takes for all of it.
             attention_interface = eager_attention_forward
             dtype = torch.promote_types(query.dtype, torch.float32)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -260,7 +261,7 @@ class MoleBlendAttention(nn.Module):
             key,
             value,
             attention_bias.to(query.dtype),
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )

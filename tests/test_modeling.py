@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from rdkit import Chem
 from scipy.spatial.transform import Rotation
 from tiny import SMILES, golden_model, tiny_config, without_dropout
@@ -236,6 +238,21 @@ def test_sdpa_equals_eager(batch):
     torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_sdpa_equals_eager_without_gradients(batch):
+    """With them a CPU takes the eager one, which is faster there."""
+    losses = []
+    with (
+        torch.no_grad(),
+        mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused,
+    ):
+        for implementation in ("sdpa", "eager"):
+            model = golden_model("pretrain").eval()
+            model.set_attn_implementation(implementation)
+            losses.append(model(**batch, generator=torch.Generator().manual_seed(0)).loss)
+            assert fused.call_count == model.config.num_hidden_layers
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
