@@ -4,8 +4,10 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,12 @@ import ablations
 import corpus_overlap
 import learning_curves
 import linear_probe
+import loss_curves
 import moleculenet
 import recovery
 import retrieval
+
+import pretrain
 
 SAMPLE = Path(__file__).parents[1] / "training" / "sample"
 ESOL = "measured log solubility in mols per litre"
@@ -216,3 +221,24 @@ def test_what_the_geometry_of_a_molecule_finds_is_told_for_all_and_for_alike_mol
         guess, *found = (float(cell.rstrip("%")) for cell in row[3:])
         assert 0 < guess <= 50 or row[2].startswith("all")
         assert all(0 <= share <= 100 for share in found)
+
+
+def test_loss_curves_compare_each_way_with_the_plain_one(tmp_path, on_cpu, monkeypatch, capsys):
+    def run_here(command, **_):
+        pretrain.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(loss_curves, "subprocess", SimpleNamespace(run=run_here))
+    flags = ["--steps", "3", "--window", "2", "--ways", "parts", "--plot", str(tmp_path / "curves.png")]
+    flags += ["--batch_size", "8", "--held_out_molecules", "8", "--trackers", ""]  # which go to pretrain.py
+    without = ["attention_dropout=0", "activation_dropout=0", "drop_path_rate=0"]
+    loss_curves.main([*flags, *TINY, *without])
+    lines = capsys.readouterr().out.splitlines()
+    largest = {
+        title: float(line.split(" / ")[0].split()[-1])
+        for title in ("the same with another seed", "parts by size")
+        for line in lines
+        if line.startswith(title)
+    }
+    assert largest["parts by size"] < 1e-4 < largest["the same with another seed"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
