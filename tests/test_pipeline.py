@@ -40,7 +40,7 @@ def test_answers_are_in_order_and_an_unreadable_molecule_stops_nothing(batch_siz
         expected = model(**MoleBlendProcessor()([*SMILES, "CCO"])).logits.double().numpy()
     readable = [*answers[1:6], answers[7]]
     found = [[answer["predictions"][name]["value"] for name in ("gap", "mu")] for answer in readable]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # other batches: a processor rounds by their shapes
     assert readable[0]["predictions"]["mu"]["unit"] == "D"
     assert {answer["modality"] for answer in readable} == {"2d"}
     assert {answer["error"] for answer in readable} == {None}

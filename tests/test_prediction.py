@@ -156,7 +156,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, error):
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", limited)
-    np.testing.assert_allclose(predict_graphs(model, processor, graphs).values, expected, atol=1e-6)
+    # Other batches: a processor rounds by their shapes.
+    np.testing.assert_allclose(predict_graphs(model, processor, graphs).values, expected, atol=1e-5)
     assert sizes[:4] == [15, 7, 3, 1]
 
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(error))
