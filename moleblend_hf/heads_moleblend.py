@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_moleblend import MoleBlendConfig
-from .rows_moleblend import drop_values
+from .rows_moleblend import RowSelection, drop_values, widen
 
 PAIR_NORM_EPS = 1e-12
 
@@ -112,23 +112,33 @@ class MoleBlendCoordinateDenoisingHead(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, 3)
 
     def forward(
-        self, atom_states: torch.Tensor, attention_bias: torch.Tensor, relative_directions: torch.Tensor
+        self,
+        atom_states: torch.Tensor,
+        attention_bias: torch.Tensor,
+        relative_directions: torch.Tensor,
+        atoms: RowSelection,
     ) -> torch.Tensor:
-        """`(B, N, D)`, `(B, H, N, N)` and `(B, N, N, 3)` to `(B, N, 3)`."""
-        query = self.query_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key = self.key_proj(atom_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling + attention_bias
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        probabilities = drop_values(probabilities, self.attention_dropout, self.training)
+        """`(B, N, D)`, `(B, H, N, N)`, `(B, N, N, 3)` and the real atoms to `(B, N, 3)`."""
+        states = atoms.take(atom_states)
         out_weight = self.out_proj.weight.unflatten(1, (self.num_heads, -1))  # (3, H, D / H)
         value_weight = self.value_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, D / H, D)
         value_bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D / H)
         weight = torch.einsum("chd,hde->hce", out_weight, value_weight).flatten(0, 1)
         bias = torch.einsum("chd,hd->hc", out_weight, value_bias).flatten()
-        values = F.linear(atom_states, weight.to(atom_states.dtype), bias.to(atom_states.dtype))
-        values = values.unflatten(-1, (self.num_heads, 3))  # (B, N, H, 3)
-        # sum over the heads, a matrix product for each j: (B, j, i, H) @ (B, j, H, 3)
-        pair_vectors = torch.matmul(probabilities.permute(0, 3, 2, 1), values).transpose(1, 2)
+        # Padding asks as well, though nothing reads the answer: the reference outputs of released checkpoints hold it.
+        projected = (
+            self.query_proj(atom_states),
+            atoms.put(self.key_proj(states)),
+            atoms.put(F.linear(states, weight.to(states.dtype), bias.to(states.dtype))),
+        )
+        # (B, N, H, D / H) twice, and (B, N, H, 3)
+        query, key, values = (widen(tensor).unflatten(-1, (self.num_heads, -1)) for tensor in projected)
+        with torch.autocast(query.device.type, enabled=False):  # in the dtype of the query
+            scores = torch.matmul(query.transpose(1, 2), key.permute(0, 2, 3, 1)) * self.scaling + attention_bias
+            probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+            probabilities = drop_values(probabilities, self.attention_dropout, self.training)
+            # sum over the heads, a matrix product for each j: (B, j, i, H) @ (B, j, H, 3)
+            pair_vectors = torch.matmul(probabilities.permute(0, 3, 2, 1), values).transpose(1, 2)
         return (pair_vectors * relative_directions).sum(2) + self.out_proj.bias
 
 

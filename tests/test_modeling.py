@@ -208,9 +208,11 @@ def test_values_beyond_a_vocabulary_take_its_last_row(encoder, batch):
 # One function, however it is computed.
 
 
+@pytest.mark.parametrize("max_scores", [1, 2000, rows.MAX_SCORES_IN_GROUP])  # five groups of molecules, some, one
 @pytest.mark.parametrize("training", [False, True])
-def test_gathering_rows_is_the_same_function_as_masking_them(monkeypatch, batch, training):
+def test_gathering_rows_is_the_same_function_as_masking_them(monkeypatch, batch, training, max_scores):
     """Outputs and gradients; the masked form is what compilation, export and accelerators run."""
+    monkeypatch.setattr(rows, "MAX_SCORES_IN_GROUP", max_scores)
     model = MoleBlendForPreTraining(without_dropout()).train(training)
     results = []
     for gathers in (modeling.gathers, lambda tensor: False):
@@ -222,6 +224,29 @@ def test_gathering_rows_is_the_same_function_as_masking_them(monkeypatch, batch,
         results.append((outputs.loss, *outputs.hidden_states, *grads))
     for gathered, masked in zip(*results, strict=True):
         torch.testing.assert_close(gathered, masked, atol=1e-6, rtol=1e-5)
+
+
+def test_groups_hold_each_token_and_pair_once_molecules_of_like_size_together(monkeypatch):
+    monkeypatch.setattr(rows, "MAX_SCORES_IN_GROUP", 2 * 2 * 7**2)
+    mask = torch.arange(9) < torch.tensor([[7], [2], [9], [6], [3]])
+    mask[0, 4] = False  # a hole counts for the length
+    values, pairs = torch.randn(5, 9, 4), torch.randn(5, 2, 9, 9)
+    tokens = rows.TokenSelection(mask, num_heads=2, gather=True, grouped=True)
+    assert [group.shape for group in tokens.groups] == [(2, 3), (2, 7), (1, 9)]
+    taken = tokens.take(values)
+    assert torch.equal(tokens.put(taken), values * mask.unsqueeze(-1))
+    split = tokens.split(taken)
+    assert torch.equal(tokens.join(split), taken)
+    for group, own, own_pairs, molecules in zip(
+        tokens.groups, split, tokens.split_pairs(pairs), ([1, 4], [3, 0], [2]), strict=True
+    ):
+        length = group.shape[1]
+        assert torch.equal(group.put(own), (values * mask.unsqueeze(-1))[molecules, :length])
+        assert torch.equal(own_pairs, pairs[molecules, :, :length, :length])
+
+
+def test_no_molecules_have_no_states():
+    assert MoleBlendModel(tiny_config())(torch.zeros(0, 4, 9, dtype=torch.long)).last_hidden_state.shape == (0, 5, 32)
 
 
 def test_sdpa_equals_eager(batch):
@@ -256,7 +281,8 @@ def test_sdpa_equals_eager_without_gradients(batch):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_is_the_same_function(batch, use_reentrant):
+def test_gradient_checkpointing_is_the_same_function(monkeypatch, batch, use_reentrant):
+    monkeypatch.setattr(rows, "MAX_SCORES_IN_GROUP", 2000)  # several groups of molecules
     model = MoleBlendForPreTraining(tiny_config()).train()
     results = []
     for checkpointing in (False, True):

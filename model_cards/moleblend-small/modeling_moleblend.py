@@ -20,6 +20,7 @@ as the processor returns them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -61,7 +62,17 @@ from .heads_moleblend import (
     MoleBlendRelativePositionHead,
     MoleBlendWeightedLayerSum,
 )
-from .rows_moleblend import RowSelection, cross_entropy_sum, drop_path, drop_values, gathers, masked_mean, masked_sum
+from .rows_moleblend import (
+    RowSelection,
+    TokenSelection,
+    cross_entropy_sum,
+    drop_path,
+    drop_values,
+    gathers,
+    masked_mean,
+    masked_sum,
+    widen,
+)
 from .targets_moleblend import PropertyKwargs, in_target_units, property_loss
 
 # PARITY: the original, like Transformer-M, writes pi as 3.14159 in `gaussian` (tests/test_parity.py).
@@ -238,23 +249,31 @@ class MoleBlendAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor,
-        tokens: RowSelection,
+        tokens: TokenSelection,
+        *attention_biases: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states (rows, D)` and `attention_bias (B, H, L, L)` to `(rows, D)` and the attention probabilities."""
-        qkv = tokens.put(self.qkv_proj(hidden_states)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, D / H)
+        """`hidden_states (rows, D)` and an attention bias of each group of molecules, `(molecules, H, length, length)`, to
+        `(rows, D)` and the attention probabilities, None of several groups."""
+        qkv = tokens.split(self.qkv_proj(hidden_states))
+        attended = map(partial(self._attend, **kwargs), qkv, tokens.groups, attention_biases)
+        contexts, probabilities = zip(*attended, strict=True)
+        context = self.out_proj(tokens.join(contexts).to(hidden_states.dtype))
+        return context, probabilities[0] if len(probabilities) == 1 else None
+
+    def _attend(
+        self, qkv: torch.Tensor, tokens: RowSelection, attention_bias: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = tokens.put(qkv).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D / H)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if (attention_bias.requires_grad or dropout > 0) and gathers(query):
-            # On CPU there is no fused kernel with dropout or a gradient of the bias: SDPA would compute the same, slower. And a
-            # head's matrices are too small for bfloat16: to arrange them takes longer than float32 takes for all of it.
+        if (attention_bias.requires_grad or dropout > 0) and gathers(qkv):
+            # On CPU there is no fused kernel with dropout or a gradient of the bias: SDPA would compute the same, slower.
             attention_interface = eager_attention_forward
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            qkv = widen(qkv)
+        query, key, value = qkv.unbind(0)
         context, probabilities = attention_interface(
             self,
             query,
@@ -265,7 +284,7 @@ class MoleBlendAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(tokens.take(context.flatten(2)).to(hidden_states.dtype)), probabilities
+        return tokens.take(context.flatten(2)), probabilities
 
 
 class MoleBlendMLP(nn.Module):
@@ -302,11 +321,12 @@ class MoleBlendLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor,
-        tokens: RowSelection,
+        tokens: TokenSelection,
+        *attention_biases: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        branch, _ = self.attention(hidden_states, attention_bias, tokens, **kwargs)
+        # Each bias is an argument of its own: reentrant checkpointing does not look into tuples.
+        branch, _ = self.attention(hidden_states, tokens, *attention_biases, **kwargs)
         hidden_states = self.attention_norm(self._residual(hidden_states, branch, tokens))
         return self.mlp_norm(self._residual(hidden_states, self.mlp(hidden_states), tokens))
 
@@ -487,7 +507,13 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         token_mask = F.pad(atom_mask, (1, 0), value=True)  # (B, L)
         pair_mask = atom_mask.unsqueeze(2) & atom_mask.unsqueeze(1)  # (B, N, N)
         gather = gathers(atom_features)
-        tokens = RowSelection(token_mask, gather)
+        # CODEPATH: "eager" returns attention probabilities, which are padded to one size.
+        tokens = TokenSelection(
+            token_mask,
+            self.config.num_attention_heads,
+            gather,
+            grouped=gather and self.config._attn_implementation != "eager",
+        )
 
         def shown(mask: torch.Tensor, modality: int) -> torch.Tensor:
             return mask if pair_modality_ids is None else mask & (pair_modality_ids == modality)
@@ -527,6 +553,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
             distance_bias = self.attention_bias.distance_bias(shown_rows.take(distance_embeddings).to(dtype))
             pair_bias = pair_bias + pairs.put(shown_rows.put(distance_bias))
         attention_bias = self.attention_bias(pair_bias, token_mask)
+        attention_biases = tokens.split_pairs(attention_bias)
 
         graph_token = self.graph_token.expand(batch_size, 1, -1)
         hidden_states = self.embedding_norm(tokens.take(torch.cat([graph_token, atom_states], dim=1)))
@@ -538,7 +565,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
                 all_hidden_states.append(tokens.put(hidden_states))
                 hidden_states = tokens.take(all_hidden_states[-1])
             if layer is not None:
-                hidden_states = layer(hidden_states, attention_bias, tokens, **kwargs)
+                hidden_states = layer(hidden_states, tokens, *attention_biases, **kwargs)
 
         last_hidden_state = tokens.put(hidden_states)
         return MoleBlendModelOutput(
@@ -759,7 +786,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             relative_directions = noisy_positions / (noisy_distances + DIRECTION_EPS)
             relative_directions = relative_directions.masked_fill(~has_coordinates[:, None, None, None], 0)
         predicted_coordinate_noise = self.coordinate_denoising_head(
-            atom_states, outputs.attention_bias[:, :, 1:, 1:], relative_directions
+            atom_states, outputs.attention_bias[:, :, 1:, 1:], relative_directions, RowSelection(atom_mask, gather)
         )
 
         # Losses: all pairs, hidden or shown. Each is a mean over what has a target, and 0 where nothing has.

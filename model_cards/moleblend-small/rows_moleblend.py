@@ -13,10 +13,15 @@
 # limitations under the License.
 """Computing only where something is read: selected rows of padded tensors, means over them, and what drops them at random."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from .blending_moleblend import IGNORED_LABEL
+
+# Attention scores of a group of molecules: 1 MB in float32. Larger groups run out of the cache, smaller ones cost more calls.
+MAX_SCORES_IN_GROUP = 2**18
 
 
 class RowSelection:
@@ -47,7 +52,7 @@ class RowSelection:
         if self.indices is None:
             values = rows.unflatten(0, self.shape)
             return values.masked_fill(~self.mask.view(*self.shape, *(1,) * (rows.dim() - 1)), 0)
-        values = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.indices, rows)
+        values = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy_(0, self.indices, rows)
         return values.unflatten(0, self.shape)
 
     def sum_last(self, rows: torch.Tensor) -> torch.Tensor:
@@ -56,12 +61,74 @@ class RowSelection:
             return self.put(rows).sum(self.mask.dim() - 1)
         *outer, last = self.shape
         sums = rows.new_zeros(self.mask.numel() // last, *rows.shape[1:])
-        return sums.index_add(0, self.indices // last, rows).unflatten(0, outer)
+        return sums.index_add_(0, self.indices // last, rows).unflatten(0, outer)
+
+
+class TokenSelection(RowSelection):
+    """The real tokens of a batch, and groups of molecules of like size, for attention without the padding of the largest.
+
+    The rows of a group follow one another, so that `split` and `join` cost little. A group's attention scores are few enough
+    to stay in a processor's cache. Not `grouped`, all molecules are one group, as they are.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `(B, L)`): real tokens.
+        num_heads (`int`): attention heads.
+        gather (`bool`): whether to gather the rows.
+        grouped (`bool`): whether to make groups; needs `gather`.
+    """
+
+    def __init__(self, mask: torch.Tensor, num_heads: int, gather: bool, grouped: bool):
+        super().__init__(mask, gather)
+        self.order = None
+        self.groups: list[RowSelection] = [self]
+        if not grouped or len(mask) < 2:
+            return
+        num_tokens = mask.shape[1]
+        lengths, self.order = (mask * torch.arange(1, num_tokens + 1)).amax(1).sort(stable=True)
+        sizes: list[int] = []
+        for length in lengths.tolist():
+            if sizes and (sizes[-1] + 1) * length**2 * num_heads <= MAX_SCORES_IN_GROUP:
+                sizes[-1] += 1
+            else:
+                sizes.append(1)
+        mask = mask[self.order]
+        self.indices = (self.order.unsqueeze(1) * num_tokens + torch.arange(num_tokens))[mask]
+        masks = mask.split(sizes)
+        self.num_rows = [int(molecules.sum()) for molecules in masks]
+        self.groups = [
+            RowSelection(molecules[:, : int(longest[-1])], gather)
+            for molecules, longest in zip(masks, lengths.split(sizes), strict=True)
+        ]
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(rows, ...)` to the rows of each group."""
+        return (rows,) if self.order is None else rows.split(self.num_rows)
+
+    def join(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The rows of each group to `(rows, ...)`."""
+        return torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+
+    def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(B, H, L, L)` to `(molecules, H, length, length)` of each group."""
+        if self.order is None:
+            return (values,)
+        molecules = values.index_select(0, self.order).split([group.shape[0] for group in self.groups])
+        lengths = [group.shape[1] for group in self.groups]
+        return tuple(part[..., :length, :length].contiguous() for part, length in zip(molecules, lengths, strict=True))
 
 
 def gathers(tensor: torch.Tensor) -> bool:
     """Whether `RowSelection` should gather: counting rows is free on CPU, a synchronisation elsewhere, a graph break compiled."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def widen(values: torch.Tensor) -> torch.Tensor:
+    """On CPU at least in float32, contiguous: to arrange the small matrices of a head in bfloat16 takes longer than float32
+    takes for all of it."""
+    if not gathers(values):
+        return values
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.to(dtype, memory_format=torch.contiguous_format)
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
