@@ -376,13 +376,15 @@ def test_a_model_stays_on_one_device(tmp_path):
 def test_torch_compile_has_no_graph_breaks(batch, dynamic):
     """`backend="eager"` traces the whole graph; code generation is not ours."""
     torch._dynamo.reset()
-    model = MoleBlendForPreTraining(without_dropout())
+    model = MoleBlendForPreTraining(without_dropout(num_hidden_layers=1))
     draws = model(**batch, generator=torch.Generator().manual_seed(0))
     given = {name: getattr(draws, name) for name in ("pair_modality_ids", "atom_modality_ids", "coordinate_noise")}
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(compiled(**batch, **given).loss, draws.loss, atol=1e-6, rtol=1e-5)
     assert torch.isfinite(compiled(**batch).loss)  # draws inside
-    training = torch.compile(MoleBlendForPreTraining(tiny_config()).train(), backend="eager", fullgraph=True)
+    training = torch.compile(
+        MoleBlendForPreTraining(tiny_config(num_hidden_layers=1)).train(), backend="eager", fullgraph=True
+    )
     training(**batch).loss.backward()
 
 
