@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from training_step import has_bfloat16
 
 from batches import cut
+from compilation import keep_equal_sizes_apart
 from data import GraphRows, collate, open_dataset
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor, modeling_moleblend
 from moleblend_hf.graphs_moleblend import Budget
@@ -156,6 +157,7 @@ class Trainer:
             fused: torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.0, fused=fused or None)
             for fused in (True, False)
         }
+        keep_equal_sizes_apart()
         self.compiled = torch.compile(self.model, dynamic=True)
         self.known: set[Contestant] = set()
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from rdkit import Chem
 from scipy.spatial.transform import Rotation
 from tiny import SMILES, golden_model, tiny_config, without_dropout
+from torch.fx.experimental import _config as symbolic_shapes
 
+from compilation import keep_equal_sizes_apart
 from moleblend_hf import (
     MoleBlendForPreTraining,
     MoleBlendForSequenceClassification,
@@ -386,6 +388,23 @@ def test_torch_compile_has_no_graph_breaks(batch, dynamic):
         MoleBlendForPreTraining(tiny_config(num_hidden_layers=1)).train(), backend="eager", fullgraph=True
     )
     training(**batch).loss.backward()
+
+
+def test_one_compilation_serves_all_sizes(monkeypatch, processor):
+    """Also where the first batch has as many atoms as an atom has features."""
+    monkeypatch.setattr(symbolic_shapes, "use_duck_shape", True)  # torch's own, and back to it
+    keep_equal_sizes_apart()
+    torch._dynamo.reset()
+    graphs = []
+    model = torch.compile(
+        MoleBlendForPreTraining(tiny_config(num_hidden_layers=1)).train(),
+        backend=lambda graph, inputs: graphs.append(graph) or graph,
+        dynamic=True,
+    )
+    for molecules in (["CCCCCCCCC", "CC", "C"], ["CCCCCCCC", "CC"], ["CCCCC", "C", "C", "C", "C"]):
+        sizes = [len(smiles) for smiles in molecules]
+        model(**processor(molecules, coordinates=[np.eye(size, 3) + np.arange(size)[:, None] for size in sizes]))
+    assert len(graphs) == 1
 
 
 def test_torch_export_of_the_encoder_takes_other_sizes(batch, processor):

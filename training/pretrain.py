@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from batches import StepBatches, cut, fitting, shared
+from compilation import keep_equal_sizes_apart
 from data import collate, open_together, training_and_held_out
 from evaluation import LOSSES, evaluate, held_out_results, run_figures
 from guards import FiniteSteps, StopRequest, ignore_stop_signals
@@ -233,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if settings.compile:
+        keep_equal_sizes_apart()
         model.compile(dynamic=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     average = None
