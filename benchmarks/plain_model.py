@@ -19,13 +19,8 @@ from moleblend_hf.blending_moleblend import (
     shortest_path_labels,
 )
 from moleblend_hf.heads_moleblend import MoleBlendPairProjection
-from moleblend_hf.modeling_moleblend import (
-    DIRECTION_EPS,
-    GAUSSIAN_PI,
-    GAUSSIAN_WIDTH_OFFSET,
-    MoleBlendForPreTraining,
-    MoleBlendLayer,
-)
+from moleblend_hf.modeling_moleblend import DIRECTION_EPS, MoleBlendForPreTraining, MoleBlendLayer
+from moleblend_hf.relations_moleblend import GAUSSIAN_PI, GAUSSIAN_WIDTH_OFFSET
 
 
 def _split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -247,6 +247,19 @@ def test_groups_hold_each_token_and_pair_once_molecules_of_like_size_together(mo
         assert torch.equal(own_pairs, pairs[molecules, :, :length, :length])
 
 
+@pytest.mark.parametrize("model_class", [MoleBlendModel, MoleBlendForSequenceClassification])
+def test_attention_probabilities_come_for_the_whole_batch(monkeypatch, batch, model_class):
+    monkeypatch.setattr(rows, "MAX_SCORES_IN_GROUP", 1)
+    model = model_class._from_config(without_dropout(), attn_implementation="eager").eval()
+    tokens = torch.nn.functional.pad(batch["attention_mask"].bool(), (1, 0), value=True)
+    for probabilities in model(**batch, output_attentions=True).attentions:
+        assert probabilities.shape == (len(tokens), model.config.num_attention_heads, *2 * tokens.shape[1:])
+        sums = (probabilities * tokens[:, None, None, :]).sum(-1)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        assert (probabilities * ~tokens[:, None, None, :] == 0).all()
+    assert model(**batch).attentions is None
+
+
 def test_no_molecules_have_no_states():
     assert MoleBlendModel(tiny_config())(torch.zeros(0, 4, 9, dtype=torch.long)).last_hidden_state.shape == (0, 5, 32)
 
