@@ -34,6 +34,9 @@ SHOWN = {
     "ablation_3d_only": ("3d",),
     "ablation_distance_target": ALL,
     "ablation_no_denoising": ALL,
+    "ablation_without_shortest_path": ("3d",),
+    "ablation_without_bond_path": ("3d",),
+    "ablation_without_distance": ("2d",),
 }
 CONFIGS = Path(pretrain.__file__).parent / "configs"
 
@@ -79,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="probe after so many of the lowest; left out: all")
     parser.add_argument("--output_dir", default="outputs/ablations")
     args, flags = parser.parse_known_args(argv)
+    if unknown := sorted(set(args.recipes.split(",")) - set(SHOWN)):
+        parser.error(f"recipes has {unknown[0]!r}, but has to be some of {', '.join(SHOWN)}")
     folders = {
         recipe: [str(pretrained(recipe, int(seed), args, flags)) for seed in args.seeds.split(",")]
         for recipe in args.recipes.split(",")

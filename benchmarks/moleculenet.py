@@ -4,11 +4,12 @@
     python benchmarks/moleculenet.py --model outputs/small --data DIR --sets bace,tox21 --output_dir outputs/moleculenet
     python benchmarks/moleculenet.py --model outputs/small --data DIR --draws 3 --max_training_molecules 100 --epochs 50 --output_dir outputs/hundred
 
-DIR holds the sets as they are downloaded (bbbp.csv.gz ...). Each set is a run of training/finetune.py with the recipe
-moleculenet_small.yaml (--config for another) and what else is given; a run that is there already is not made again. The table is
-printed as it comes out: test part of the scaffold split (to choose by: --part validation), the epoch chosen on
-validation, mean and sample standard deviation over the seeds. With --draws each seed is a run with other training molecules, too.
-`ahead` counts the seeds for which the pretrained model is better than the same model from scratch.
+DIR holds the CSV file of each set, plain or gzipped, as it is downloaded (BBBP.csv, delaney-processed.csv ...) or named after
+it (esol.csv.gz). Each set is a run of training/finetune.py with the recipe moleculenet_small.yaml (--config for another) and
+what else is given; a run that is there already is not made again. The table is printed as it comes out: test part of the
+scaffold split (to choose by: --part validation), the epoch chosen on validation, mean and sample standard deviation over the
+seeds. With --draws each seed is a run with other training molecules, too. `ahead` counts the seeds for which the pretrained
+model is better than the same model from scratch.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from kept_runs import finetuned
 
 import finetune
+from corpora import MOLECULENET_SETS
 from metrics import LOWER_IS_BETTER
 from report import FROM_SCRATCH, MODEL
 
@@ -34,10 +36,19 @@ METRICS = {"regression": "rmse", "multi_label_classification": "roc_auc"}
 RECIPE = Path(finetune.__file__).parent / "configs" / "finetuning" / "moleculenet_small.yaml"
 
 
+def known_as(name: str) -> tuple[str, ...]:
+    """How the file of a set may start, in lower case: as its own name, or as it is downloaded."""
+    return MOLECULENET_SETS[name].file_names if name in MOLECULENET_SETS else (name,)
+
+
 def results(name: str, args: argparse.Namespace, flags: list[str]) -> list[dict[str, Any]]:
     """metrics.json of each run of a set."""
-    (path,) = sorted(Path(args.data).glob(f"{name}*.csv*"))
-    arguments = ["--config", str(args.config), "--model", args.model, "--input", str(path)]
+    paths = [path for path in Path(args.data).glob("*.csv*") if path.name.lower().startswith(known_as(name))]
+    if len(paths) != 1:
+        raise SystemExit(
+            f"{args.data} has {len(paths)} CSV files whose names start with {' or '.join(known_as(name))}; expected one."
+        )
+    arguments = ["--config", str(args.config), "--model", args.model, "--input", str(paths[0])]
     arguments += ["--epochs", str(SETS[name])] if name in SETS else []
     if args.draws == 1:
         return [finetuned([*arguments, "--output_dir", str(Path(args.output_dir, name)), *flags])]

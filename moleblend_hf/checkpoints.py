@@ -16,7 +16,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig, PreTrainedModel
 
 from .pipeline_moleblend import MoleBlendPipeline
 from .verification import MODEL_CLASSES
@@ -66,4 +66,16 @@ def open_checkpoint(
     return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
 
 
-__all__ = ["class_of", "open_checkpoint"]
+def check_layers(layers: int, config: PreTrainedConfig) -> None:
+    """Raises ValueError if a model of this config does not have so many layers to keep."""
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"layers is {layers}, but the model has {config.num_hidden_layers}. Give 1 to so many.")
+
+
+def keep_lowest_layers(model: PreTrainedModel, layers: int) -> None:
+    """Takes all but the lowest layers out of the encoder of a loaded model, for embeddings."""
+    check_layers(layers, model.config)
+    model.base_model.layers = model.base_model.layers[:layers]
+
+
+__all__ = ["check_layers", "class_of", "keep_lowest_layers", "open_checkpoint"]

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from .cards import card_problems
-from .checkpoints import class_of, open_checkpoint
+from .checkpoints import class_of, keep_lowest_layers, open_checkpoint
 from .convert_original_checkpoint import convert as convert_original
 from .molecule_files import STANDARD_STREAM, MoleculeRow, read_molecules, row_writer
 from .pipeline_moleblend import MoleBlendPipeline
@@ -152,6 +152,9 @@ def embed(
     input: Input = STANDARD_STREAM,
     output: Output = STANDARD_STREAM,
     atoms: Annotated[bool, typer.Option("--atoms", help="Embed each atom; --output is a .parquet file.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(help="Embed after so many of the lowest layers; left out: all.", show_default=False)
+    ] = None,
     format: Format = None,
     smiles_column: SmilesColumn = None,
     id_column: IdColumn = None,
@@ -169,6 +172,7 @@ def embed(
     Examples:
       moleblend embed outputs/pretrain molecules.csv --output embeddings.parquet
       moleblend embed outputs/pretrain molecules.csv --atoms -o atoms.parquet
+      moleblend embed model_cards/moleblend-small molecules.csv --layers 2 -o embeddings.parquet
       cat molecules.smi | moleblend embed outputs/pretrain > embeddings.csv
     """
     embedder = open_checkpoint(model, revision, device, modality=modality, num_conformers=num_conformers)
@@ -176,6 +180,8 @@ def embed(
         raise ValueError(
             f"{model} is an ensemble, whose members have no common embedding. Give the checkpoint of one."
         )
+    if layers is not None:
+        keep_lowest_layers(embedder.model, layers)
     rows = read_molecules(input, format, smiles_column, id_column)
     what, column = ("atom_embeddings", "[vector]") if atoms else ("molecule_embedding", "vector")
     columns = {"atom_embeddings" if atoms else "embedding": column}

@@ -217,6 +217,12 @@ def test_embeddings_of_molecules_and_atoms(models, tmp_path):
         np.testing.assert_allclose(
             np.array(by_atom["atom_embeddings"][row].as_py()), known.atom_embeddings[place].numpy(), atol=1e-5
         )
+    lowest = rows_of(moleblend("embed", models / "pretrain", "--layers", "1", stdin="CCO"))
+    with torch.no_grad():
+        states = model.moleblend(
+            **MoleBlendProcessor()(["CCO"], modality="2d"), output_hidden_states=True
+        ).hidden_states
+    np.testing.assert_allclose(np.array(lowest[0]["embedding"].split(";"), float), states[1][0, 0].numpy(), atol=1e-5)
     assert by_molecule["embedding"][2].as_py() is by_atom["atom_embeddings"][2].as_py() is None
 
 
@@ -256,6 +262,7 @@ def test_errors_are_a_line_and_leave_no_file(models, tmp_path):
     output, finetune = tmp_path / "out.csv", models / "finetune"
     assert "holds a MoleBlendForPreTraining, which predicts no properties" in error_of("predict", models / "pretrain")
     assert "is an ensemble, whose members have no common embedding" in error_of("embed", models / "ensemble")
+    assert "layers is 9, but the model has" in error_of("embed", models / "pretrain", "--layers", "9", stdin="C")
     assert "A list of vectors does not fit into CSV" in error_of("embed", finetune, "--atoms", stdin="C")
     assert "There are no molecules" in error_of("predict", finetune, "-o", output, stdin="\n")
     assert "'in.xyz' does not end in .smi, .smiles" in error_of("predict", finetune, "in.xyz")

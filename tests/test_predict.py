@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rdkit import Chem
 from tiny import SMILES, tiny_config
 
@@ -299,6 +300,17 @@ def test_embeddings_are_those_of_the_encoder(here, tmp_path):
     assert [found["embedding"][row].as_py() for row in UNREADABLE] == [None, None]
 
 
+def test_embeddings_after_the_lowest_layers(here, tmp_path):
+    model = MoleBlendModel(tiny_config()).eval()
+    processor = MoleBlendProcessor()
+    saved(model, tmp_path / "model")
+    found = run(tmp_path, table_of(tmp_path, SMILES), "--embeddings", "--layers", "1")
+    with torch.no_grad():
+        states = model(**processor(SMILES, modality="2d"), output_hidden_states=True).hidden_states
+    assert len(states) > 2
+    np.testing.assert_allclose(np.stack(found["embedding"].to_numpy()), states[1][:, 0].numpy(), atol=1e-6)
+
+
 def test_what_the_model_cannot_do_is_an_error_of_its_row(here, model, tmp_path, monkeypatch):
     forward = MoleBlendForSequenceClassification.forward
 
@@ -470,6 +482,7 @@ def test_the_parts_that_are_done_are_not_done_again(here, model, tmp_path, monke
         (["--output", "out.xlsx"], "output is 'out.xlsx', but predictions are written to .csv or .parquet"),
         (["--output", "o.csv", "--embeddings"], "output is 'o.csv', but embeddings are written to .parquet"),
         (["--input", "in.txt"], "'in.txt' does not end in .csv"),
+        (["--layers", "1"], "layers is 1, but a prediction takes all layers"),
         (["--num_proc", "0"], "num_proc must be 1 or more, got 0"),
         (["--molecule_time_limit", "0"], "molecule_time_limit must be more than 0 seconds, got 0"),
         (["--smiles_column", "structure"], "has no column 'structure'"),
@@ -489,6 +502,8 @@ def test_checkpoints_that_do_not_fit_are_said(here, tmp_path):
     saved(MoleBlendEnsembleForSequenceClassification.from_members([fine_tuned()]), tmp_path / "ensemble")
     with pytest.raises(ValueError, match="is an ensemble, whose members have no common embedding"):
         run(tmp_path, source, "--embeddings", model="ensemble")
+    with pytest.raises(ValueError, match="layers is 9, but the model has"):
+        run(tmp_path, source, "--embeddings", "--layers", "9", model="pretrained")
     saved(fine_tuned(), tmp_path / "paths", max_path_bonds=3)
     with pytest.raises(ValueError, match="tells 3 bonds of a path apart, but its model 5"):
         run(tmp_path, source, model="paths")

@@ -103,7 +103,7 @@ class FinetuningSettings:
     )  # fmt: skip
     frozen_layers: int = setting("model", "leave the embeddings and so many of the lowest layers as they are", 0)
 
-    input: str = setting("data", "CSV, TSV, SMI, SDF or Parquet file, or a preprocessed dataset (folder, Hub name)")
+    input: str = setting("data", "CSV, TSV, SDF or Parquet file, or a preprocessed dataset (folder, Hub name)")
     source: str | None = setting("data", "layout of a file, as in preprocess.py; else by its ending", None)
     smiles_column: str | None = setting("data", "column of the SMILES; else guessed from its name", None)
     targets: list[str] | None = setting("data", "columns to predict, A,B; else all targets of the dataset", None)

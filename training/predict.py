@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
+from moleblend_hf.checkpoints import check_layers
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
 from moleblend_hf.prediction_moleblend import predicts_atoms
@@ -64,6 +65,7 @@ class PredictionSettings:
     model: str = setting("model", "folder of a fine-tuned checkpoint, or its name on the Hub")
     revision: str | None = setting("model", "branch, tag or commit on the Hub", None)
     embeddings: bool = setting("model", "write embeddings of molecules instead; any checkpoint but an ensemble", False)
+    layers: int | None = setting("model", "embed after so many of the lowest layers; left out: all", None)
 
     input: str = setting("input", "CSV, TSV, SMILES, SDF or Parquet file, plain or gzipped")
     source: str | None = setting("input", "its layout; left out: by the ending of its name", None, choices=FILES)
@@ -93,6 +95,10 @@ class PredictionSettings:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.molecule_time_limit <= 0:
             raise ValueError(f"molecule_time_limit must be more than 0 seconds, got {self.molecule_time_limit}.")
+        if self.layers is not None and not self.embeddings:
+            raise ValueError(
+                f"layers is {self.layers}, but a prediction takes all layers. Leave it out, or give --embeddings."
+            )
         endings = (".parquet",) if self.embeddings else tuple(WRITERS)
         if Path(self.output).suffix not in endings:
             what = "embeddings" if self.embeddings else "predictions"
@@ -131,6 +137,8 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
         raise ValueError(
             f"{settings.model} is an ensemble, whose members have no common embedding. Give the checkpoint of one of them."
         )
+    if settings.layers is not None:
+        check_layers(settings.layers, config)
     of_property = ("ForSequenceClassification", "ForTokenClassification")
     if not settings.embeddings and not any(name.endswith(of_property) for name in heads):
         raise ValueError(
@@ -154,6 +162,7 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
         revision=getattr(config, "_commit_hash", None) or settings.revision,
         device=device,
         embeddings=settings.embeddings,
+        layers=settings.layers,
         several_conformers=makes_several or (source.name == "parquet" and featurization.modality != "2d"),
         budget=Budget.on(device, settings.max_tokens, settings.max_pairs),
     )

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from moleblend_hf import MoleBlendProcessor, MolecularGraph, Predictions, embed_graphs, predict_graphs
+from moleblend_hf.checkpoints import keep_lowest_layers
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.prediction_moleblend import (
     GraphMemoryError,
@@ -44,6 +45,7 @@ class PredictionPartSettings(PartSettings):
     revision: str | None = None  # on the Hub
     device: str = "cpu"
     embeddings: bool = False  # of molecules, in place of predictions
+    layers: int | None = None  # that embeddings are taken after; left out: all
     several_conformers: bool = False  # whether a molecule may have them
     budget: Budget | None = None
 
@@ -199,4 +201,6 @@ def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProces
     model = (AutoModel if settings.embeddings else of_property).from_pretrained(
         settings.model, revision=settings.revision
     )
+    if settings.layers is not None:
+        keep_lowest_layers(model, settings.layers)
     return config, processor, model.to(settings.device).eval()
