@@ -75,7 +75,8 @@ def check_layers(layers: int, config: PreTrainedConfig) -> None:
 def keep_lowest_layers(model: PreTrainedModel, layers: int) -> None:
     """Takes all but the lowest layers out of the encoder of a loaded model, for embeddings."""
     check_layers(layers, model.config)
-    model.base_model.layers = model.base_model.layers[:layers]
+    encoder: Any = model.base_model
+    encoder.layers = encoder.layers[:layers]
 
 
 __all__ = ["check_layers", "class_of", "keep_lowest_layers", "open_checkpoint"]

@@ -28,6 +28,8 @@ TARGET_TRANSFORMS = ("none", "log10", "signed_log10")
 # What the processor packs into `path_bond_types`: bond types, stereo values and conjugation values; bonds of a path.
 BOND_VOCABULARY_SIZES = (5, 6, 2)
 MAX_PATH_BONDS = 8
+# Rows for padding, 0 to 509 bonds, and what the processor writes for unreachable.
+MAX_SHORTEST_PATH_DISTANCES = 512
 # What describes one target each, and says nothing about others.
 PER_TARGET = ("target_means", "target_scales", "target_units", "target_transforms", "conformal_quantiles")
 PROCESSORS = {
@@ -273,10 +275,11 @@ class MoleBlendConfig(PreTrainedConfig):
             raise ValueError(
                 f"`max_path_bonds` is {self.max_path_bonds}; set it to {MAX_PATH_BONDS} or less, what the processor can give."
             )
-        if self.num_shortest_path_distances < 4:
+        if not 4 <= self.num_shortest_path_distances <= MAX_SHORTEST_PATH_DISTANCES:
             raise ValueError(
                 f"`num_shortest_path_distances` is {self.num_shortest_path_distances}; the table needs at least 4 rows "
-                "(padding, 0 bonds, 1 bond, unreachable)."
+                f"(padding, 0 bonds, 1 bond, unreachable) and has at most {MAX_SHORTEST_PATH_DISTANCES}: the processor writes "
+                f"{MAX_SHORTEST_PATH_DISTANCES - 2} for unreachable, the last row."
             )
         if self.num_shortest_path_classes < 2:
             raise ValueError(
@@ -367,6 +370,8 @@ class MoleBlendEnsembleConfig(MoleBlendConfig):
     """
 
     model_type = "moleblend_ensemble"
+    # Transformers' Trainer joins what the batches return along the first dimension, which are the members here.
+    keys_to_ignore_at_inference = ["member_logits", "hidden_states", "attentions"]
     auto_classes = {
         "AutoConfig": "configuration_moleblend.MoleBlendEnsembleConfig",
         "AutoModelForSequenceClassification": (

@@ -518,7 +518,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
                 batch = processor.pad(
                     [graphs[index] for index in indices], modality=modality, conformer_index=conformers
                 )
-                states = self(**batch.to(self.device)).last_hidden_state
+                states = self(**batch.to(self.device), return_dict=True).last_hidden_state
                 for index, state in zip(indices, states, strict=True):
                     sums[index] = sums.get(index, 0) + state[: graphs[index].num_atoms + 1]
         finally:
@@ -651,7 +651,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         has_coordinates = molecules_with_coordinates(atom_features, coordinates, coordinates_mask)
 
         # Draw what is shown, and the noise.
-        available = available_modalities(has_coordinates, degree, shortest_path_distance, path_bond_types)
+        available = available_modalities(atom_mask, has_coordinates, degree, shortest_path_distance, path_bond_types)
         if pair_modality_ids is None:
             rows = batch_size if config.blend_per_molecule else 1  # CODEPATH: the original shares one draw
             draws = draw(torch.rand, (rows, num_atoms, num_atoms), device, generator)
@@ -677,6 +677,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
             pair_modality_ids=pair_modality_ids,
             atom_modality_ids=atom_modality_ids,
             output_attention_bias=True,
+            return_dict=True,
             **kwargs,
         )
 
@@ -765,10 +766,10 @@ class MoleBlendPropertyModel(MoleBlendPreTrainedModel):
     def encode(self, atom_features: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, MoleBlendModelOutput]:
         """The states that the head reads, `(B, L, D)`, and the encoder's output."""
         if self.layer_sum is None:
-            outputs = self.moleblend(atom_features, **kwargs)
+            outputs = self.moleblend(atom_features, return_dict=True, **kwargs)
             return outputs.last_hidden_state, outputs
         asked_for = kwargs.pop("output_hidden_states", None)
-        outputs = self.moleblend(atom_features, output_hidden_states=True, **kwargs)
+        outputs = self.moleblend(atom_features, output_hidden_states=True, return_dict=True, **kwargs)
         states = self.layer_sum(outputs.hidden_states)
         if not (self.config.output_hidden_states if asked_for is None else asked_for):
             outputs.hidden_states = None

@@ -189,10 +189,14 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             coordinates = None if coordinates is None else [coordinates]
             labels = None if labels is None else [labels]
             atom_labels = None if atom_labels is None else [atom_labels]
+        labels, atom_labels = _by_position(labels), _by_position(atom_labels)
         for name, given in (("labels", labels), ("atom_labels", atom_labels)):
-            if given is not None and len(given) != len(molecules):
+            if given is None:
+                continue
+            num_entries = len(given) if hasattr(given, "__len__") else 1
+            if num_entries != len(molecules) or not hasattr(given, "__len__"):
                 raise ValueError(
-                    f"`{name}` has {len(given)} entries for {len(molecules)} molecules. Pass one for each, None where it "
+                    f"`{name}` has {num_entries} entries for {len(molecules)} molecules. Pass one for each, None where it "
                     "is missing."
                 )
         kept, graphs = self._featurize(molecules, coordinates, settings, on_error)
@@ -344,6 +348,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             raise ValueError(
                 f"`num_proc` is {num_proc!r}, but has to be a positive integer. Pass the number of processes."
             )
+        molecules, coordinates = _by_position(molecules), _by_position(coordinates)
         if isinstance(molecules, str):
             raise ValueError(f"`molecules` is one SMILES, {describe_molecule(molecules)}. Pass a list of molecules.")
         if len(molecules) == 0:
@@ -388,6 +393,11 @@ class MoleBlendProcessor(FeatureExtractionMixin):
                     f"Graph {index} has no bonds, so that its 2D relations are not known. Pad with modality='3d', or "
                     "featurize it with `bonds='determine'`."
                 )
+
+
+def _by_position(values: Any) -> Any:
+    """A column or a table of pandas would be asked by the labels of its rows, which a shuffle moves with them."""
+    return values.to_numpy() if hasattr(values, "to_numpy") else values
 
 
 def _featurize_chunks(

@@ -144,7 +144,10 @@ def _scores(model: MoleBlendForPreTraining, batch: Any, seed: int) -> list[torch
         hops / num_hops,
         (paths + hops) / num_paths,
         _relative_position_loss(from_bonds.predicted_relative_positions.float(), coordinates, atom_mask),
-        noise_losses.masked_fill(~atom_mask, 0).sum(1) / atom_mask.sum(1),
+        # An atom alone shows nothing of its noise.
+        (noise_losses.masked_fill(~atom_mask, 0).sum(1) / atom_mask.sum(1)).masked_fill(
+            atom_mask.sum(1) < 2, torch.nan
+        ),
     ]
 
 

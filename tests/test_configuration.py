@@ -155,6 +155,7 @@ def test_overrides_that_do_not_fit_the_checkpoint_are_an_error(finetuned):
         ({"relative_position_target": "angle"}, "direction"),
         ({"num_shortest_path_classes": 1}, "set it to 2 or more"),
         ({"num_shortest_path_distances": 3}, "at least 4 rows"),
+        ({"num_shortest_path_distances": 513}, "at most 512: the processor writes 510 for unreachable"),
         ({"target_means": [0.0], "num_labels": 1}, "give both or neither"),
         ({"target_means": [0.0], "target_scales": [1.0], "num_labels": 2}, "has 1 entries for 2 labels"),
         ({"target_means": [0.0], "target_scales": [0.0], "num_labels": 1}, "each must be positive and finite"),

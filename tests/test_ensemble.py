@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import SMILES, tiny_config
+from transformers import Trainer, TrainingArguments
 
 from moleblend_hf import (
     MoleBlendEnsembleConfig,
@@ -52,6 +53,18 @@ def test_the_prediction_is_the_mean_of_the_members(batch, kind):
     else:
         torch.testing.assert_close(probabilities(outputs.logits, kind), probabilities(single, kind).mean(0))
     assert single.std(0).min() > 1e-3
+
+
+def test_the_trainer_predicts_with_an_ensemble(batch, tmp_path):
+    ensemble = MoleBlendEnsembleForSequenceClassification.from_members(members("regression"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, remove_unused_columns=False, report_to=[],
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{name: values[index] for name, values in batch.items()} for index in range(len(SMILES))]
+    found = Trainer(ensemble, arguments).predict(rows).predictions
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), ensemble(**batch).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

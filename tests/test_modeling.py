@@ -537,6 +537,43 @@ def test_losses_without_a_target_are_zero_with_zero_gradient(processor):
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("modality", ["2d+3d", "3d"])
+def test_the_noise_of_an_atom_alone_is_never_drawn(modality):
+    """Nothing tells it, and where the head begins, at 0, the gradient of a cosine has no bound."""
+    torch.manual_seed(0)
+    model = MoleBlendForPreTraining(without_dropout(atom_blend_probabilities=(0.0, 1.0)))
+    inputs = MoleBlendProcessor(modality=modality)(["CO", "C"], coordinates=[np.eye(3)[:2], np.ones((1, 3))])
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    assert inputs["coordinates_mask"].all()
+    assert outputs.atom_modality_ids[:, 0].tolist() == [blending.ATOM_DISTANCE, blending.ATOM_DEGREE]
+    assert outputs.num_targets[3] == 2
+    assert model.coordinate_denoising_head.out_proj.bias.grad.norm() < 1e5  # with it 2e8
+
+
+@pytest.mark.parametrize("model_class", [MoleBlendForPreTraining, MoleBlendForSequenceClassification])
+def test_a_config_may_ask_for_tuples(batch, processor, model_class):
+    torch.manual_seed(0)
+    model = model_class(tiny_config(num_labels=2, return_dict=False)).eval()
+    with torch.no_grad():
+        given, asked = (
+            model(**batch, generator=torch.Generator().manual_seed(0), **changes)
+            if model_class is MoleBlendForPreTraining
+            else model(**batch, **changes)
+            for changes in ({}, {"return_dict": True})
+        )
+    assert isinstance(given, tuple)
+    torch.testing.assert_close(given[0], asked[0])
+    assert len(model.moleblend.embed(SMILES, processor).molecule_embeddings) == len(SMILES)
+
+
+def test_relations_may_be_small_integers(batch):
+    model = MoleBlendForPreTraining(without_dropout())
+    small = {name: batch[name].int() for name in RELATIONS}
+    losses = [model(**values, generator=torch.Generator().manual_seed(0)).loss for values in (batch, batch | small)]
+    assert torch.equal(*losses)
+
+
 def test_an_atom_at_the_origin_is_an_atom(processor):
     """The original takes an atom at (0, 0, 0) for one without coordinates."""
     model = MoleBlendForPreTraining(without_dropout()).eval()

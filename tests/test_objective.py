@@ -112,7 +112,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole(molecules):
         outputs = model(**part, **drawn(part, seeds, model.config), num_targets=whole.num_targets)
         outputs.loss.backward()
         losses += outputs.loss.detach()
-    torch.testing.assert_close(losses, whole.loss.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses, whole.loss.detach(), rtol=5e-7, atol=0)  # four of the last digits
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 

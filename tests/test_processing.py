@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rdkit import Chem
@@ -100,6 +101,7 @@ def test_labels_are_one_row_a_molecule(processor, labels, dtype, expected):
     [
         ({"molecules": []}, "The list of molecules is empty"),
         ({"molecules": ["CC"], "labels": [1, 2]}, "`labels` has 2 entries for 1 molecules"),
+        ({"molecules": ["CC", "CO"], "labels": 1.0}, "`labels` has 1 entries for 2 molecules"),
         ({"molecules": ["CC"], "labels": [["a b"]]}, "`labels` cannot be turned into an array"),
         ({"molecules": ["CC", "CO"], "labels": [[1], [1, 2]]}, "`labels` cannot be turned into an array"),
         ({"molecules": ["CC", "CO"], "coordinates": [None]}, "`coordinates` has 1 entries for 2 molecules"),
@@ -122,6 +124,20 @@ def by_atom(molecules: list, batch) -> list[list]:
     for labels, size in zip(batch["labels"], sizes, strict=True):
         assert bool((labels[size:] == -100).all() if labels.dtype == torch.int64 else labels[size:].isnan().all())
     return [labels[:size].tolist() for labels, size in zip(batch["labels"], sizes, strict=True)]
+
+
+def test_columns_of_pandas_are_taken_by_position(processor):
+    """A shuffle moves the labels of the rows with them."""
+    table = pd.DataFrame({"y": [1.0, 2.0, 3.0], "z": [4.0, None, 6.0]}, index=[2, 0, 1])
+    molecules = ["C", "CC", "CCC"]
+    assert processor(molecules, labels=table["y"])["labels"].tolist() == [[1], [2], [3]]
+    found = processor(molecules, labels=table)["labels"]
+    torch.testing.assert_close(found, torch.tensor([[1, 4], [2, torch.nan], [3, 6.0]]), equal_nan=True)
+    of_atoms = pd.Series([[1.0], [1.0, 2.0], [1.0, 2.0, 3.0]], index=[2, 0, 1])
+    assert processor(molecules, atom_labels=of_atoms)["labels"].nansum() == 10
+    graphs = processor.featurize_many(pd.Series(["C", "C1CC", "CC"], index=[7, 8, 9]), on_error="skip")
+    assert [graph.num_atoms for graph in graphs] == [1, 2]
+    assert [(rejected.index, rejected.molecule) for rejected in processor.rejected] == [(1, "C1CC")]
 
 
 def test_atom_labels_are_padded_as_nan_or_ignored(processor):

@@ -160,6 +160,18 @@ def test_a_gap_counts_for_nothing_in_integers_and_in_floating_point(kind, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_integers(kind, dtype):
+    config, outputs, labels = problem(kind)
+    labels = (labels.nan_to_num(1) > 0).long()
+    expected = property_loss(outputs, labels, config)
+    torch.testing.assert_close(property_loss(outputs, labels.to(dtype), config), expected)
+    if dtype == torch.uint8 and kind == "regression":
+        high = torch.full_like(labels, 156, dtype=dtype)  # what -100 is among these
+        torch.testing.assert_close(property_loss(outputs, high, config), property_loss(outputs, high.float(), config))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_labels_of_another_shape_are_an_error(kind):
     config, outputs, labels = problem(kind)
     with pytest.raises(

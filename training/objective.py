@@ -73,7 +73,7 @@ def drawn(batch: Mapping[str, torch.Tensor], seeds: torch.Tensor, config: MoleBl
     atom_features, coordinates = batch["atom_features"], batch.get("coordinates")
     has_coordinates = molecules_with_coordinates(atom_features, coordinates, batch.get("coordinates_mask"))
     relations = (batch.get(name) for name in ("degree", "shortest_path_distance", "path_bond_types"))
-    pairs_have, atoms_have = available_modalities(has_coordinates, *relations)
+    pairs_have, atoms_have = available_modalities(batch["attention_mask"], has_coordinates, *relations)
     atoms = torch.arange(atom_features.shape[1], device=atom_features.device)
     pairs = atoms[:, None] * ATOMS_AT_MOST + atoms
     found = {

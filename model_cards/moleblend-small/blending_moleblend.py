@@ -53,19 +53,25 @@ def molecules_with_coordinates(
 
 
 def available_modalities(
+    atom_mask: torch.Tensor,
     has_coordinates: torch.Tensor,
     degree: torch.Tensor | None,
     shortest_path_distance: torch.Tensor | None,
     path_bond_types: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which relations the pairs of a molecule can show `(batch_size, 3)`, and which features its atoms `(batch_size, 2)`."""
+    """Which relations the pairs of a molecule can show `(batch_size, 3)`, and which features its atoms `(batch_size, 2)`.
+
+    An atom alone has no distance to show. (The original asks for its noise, which nothing tells: what is predicted is the bias of
+    the head, at 0 to begin with, where the gradient of a cosine has no bound.)
+    """
     everyone = torch.ones_like(has_coordinates)
     pairs = (
         everyone & (shortest_path_distance is not None),
         everyone & (path_bond_types is not None),
         has_coordinates,
     )
-    return torch.stack(pairs, dim=-1), torch.stack([everyone & (degree is not None), has_coordinates], dim=-1)
+    atoms = (everyone & (degree is not None), has_coordinates & (atom_mask.sum(-1) > 1))
+    return torch.stack(pairs, dim=-1), torch.stack(atoms, dim=-1)
 
 
 def pair_modalities(available: torch.Tensor, probabilities: Sequence[float], draws: torch.Tensor) -> torch.Tensor:
@@ -90,7 +96,7 @@ def atom_modalities(available: torch.Tensor, probabilities: Sequence[float], dra
     """The feature that each atom shows, `(batch_size, N)` long; `draws` `(batch_size, N)`, else as `pair_modalities`."""
     weights = available * constant(probabilities, available, torch.float32)
     degree, distance = weights.unsqueeze(1).unbind(-1)  # (B, 1) each
-    return (draws * (degree + distance) >= degree).long()
+    return ((draws * (degree + distance) >= degree) & (distance > 0)).long()
 
 
 def shortest_path_labels(
@@ -99,7 +105,7 @@ def shortest_path_labels(
     """Class of each pair: 0 is 1 bond, the last class `num_classes` bonds or more; an atom itself and what is unreachable
     have none. `(batch_size, N, N)` long."""
     has_label = pair_mask & (shortest_path_distance > 0) & (shortest_path_distance < unreachable)
-    return (shortest_path_distance - 1).clamp(max=num_classes - 1).masked_fill(~has_label, IGNORED_LABEL)
+    return (shortest_path_distance.long() - 1).clamp(max=num_classes - 1).masked_fill(~has_label, IGNORED_LABEL)
 
 
 def bond_path_labels(
@@ -124,7 +130,7 @@ def bond_path_labels(
     _, stereo_size, conjugation_size = vocabulary_sizes
     type_classes, stereo_classes, conjugation_classes = class_sizes
     exists = pair_mask.unsqueeze(-1) & (path_bond_types > 0)
-    index = path_bond_types - 1
+    index = path_bond_types.long() - 1
     bond_type = index // (stereo_size * conjugation_size)
     stereo = index // conjugation_size % stereo_size
     conjugated = index % conjugation_size

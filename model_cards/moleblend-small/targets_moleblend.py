@@ -111,7 +111,9 @@ def property_loss(
                 f'`problem_type="{problem_type}"`. Fill gaps with NaN, or with {IGNORED_LABEL} where labels are integers.'
             )
     labels, outputs = labels.reshape(shape), outputs.float()
-    if is_class_index and labels.is_floating_point():  # NaN, where a class is missing, made them so
+    if not labels.is_floating_point():
+        labels = labels.long()
+    elif is_class_index:  # NaN, where a class is missing, made them so
         labels = labels.nan_to_num(IGNORED_LABEL).long()
     present = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED_LABEL
     if is_class_index:
