@@ -119,7 +119,7 @@ def test_a_run_leaves_a_folder_for_the_hub_with_card_curves_and_settings(finishe
     last = metrics(finished_run)[-1]
     assert last["step"] == 8
     assert f"{last['held_out/shortest_path_loss']:.3f}" in card.content
-    assert re.search(r"\| molecules a second \| [\d,]+ \|\n\| share of the time spent waiting", card.content)
+    assert re.search(r"\| molecules a second, median \| [\d,]+ \|\n\| share of the time spent waiting", card.content)
     facts = json.loads((finished_run / "training_settings.json").read_text())
     assert facts["settings"]["batch_size"] == 8
     assert facts["environment"]["versions"]["torch"]

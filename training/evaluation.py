@@ -102,7 +102,7 @@ def held_out_results(rows: list[dict[str, float]]) -> dict[str, Any]:
 def run_figures(rows: list[dict[str, float]], batch_size: int) -> list[tuple[str, str]]:
     """What the log says of the run itself, however often it was resumed: time, medians over the logged windows, memory."""
     units = {
-        "molecules_per_second": ("molecules a second", "{:,.0f}"),
+        "molecules_per_second": ("molecules a second, median", "{:,.0f}"),
         "data_wait_share": ("share of the time spent waiting for data", "{:.1%}"),
         "padded_tokens_share": ("share of padding among the tokens", "{:.1%}"),
         "padded_pairs_share": ("share of padding among the pairs", "{:.1%}"),
