@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config, without_dropout
 from transformers import AutoModelForSequenceClassification, AutoProcessor, Trainer, TrainingArguments, pipeline
 
+import evaluate
 import finetune
 import push_to_hub
 from calibration import conformal_quantile, conformal_quantiles
@@ -28,7 +29,7 @@ from moleblend_hf import (
 )
 from moleblend_hf.prediction_moleblend import predict_graphs
 from optimization import freeze, parameter_groups
-from tasks import Task
+from tasks import Task, spreads
 
 TRAINING = Path(finetune.__file__).parent
 RECIPES = sorted((TRAINING / "configs" / "finetuning").glob("*.yaml"))
@@ -83,9 +84,29 @@ def test_a_run_that_its_minutes_end_says_so(base, table, tmp_path):
 
 def test_fewer_molecules_are_drawn_for_training_and_validation_and_the_test_stays(base, table, tmp_path):
     flags = ["--targets", "size", "--epochs", "1", "--no-baseline", "--max_training_molecules", "9"]
-    parts = run(base, table, tmp_path, *flags, "--max_validation_molecules", "4")["split"]["parts"]
+    split = run(base, table, tmp_path, *flags, "--max_validation_molecules", "4")["split"]
     num_test = sum(line.endswith(",test") for line in table.read_text().splitlines())
-    assert [parts[name]["rows"] for name in ("train", "validation", "test")] == [9, 4, num_test]
+    assert [split["parts"][name]["rows"] for name in ("train", "validation", "test")] == [9, 4, num_test]
+    assert set(split["leakage"].values()) == {0}  # of the molecules that were drawn
+
+
+def test_a_column_that_names_the_parts_needs_no_other_word(base, table, tmp_path):
+    flags = ["--targets", "oxygen", "--preprocessing", "split_column=part"]
+    results = finetune.main(
+        ["--model", str(base), "--input", str(table), "--output_dir", str(tmp_path), *SHORT, *flags]
+    )
+    num_test = sum(line.endswith(",test") for line in table.read_text().splitlines())
+    assert results["split"]["parts"]["test"]["rows"] == num_test
+    assert results["split"]["name"] == "given"
+
+
+def test_what_is_measured_is_what_the_saved_folder_computes(base, table, tmp_path):
+    """Also where the training has another arithmetic."""
+    results = run(base, table, tmp_path / "model", "--targets", "size", "--mixed_precision", "bf16")
+    flags = ["--model", str(tmp_path / "model"), "--input", str(tmp_path / "model" / "data"), "--split", "test"]
+    again = evaluate.main([*flags, "--output_dir", str(tmp_path / "again")])
+    found, expected = (each["models"]["MoleBLEND"]["test"]["mean"]["rmse"]["mean"] for each in (results, again))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_table_becomes_a_folder_that_predicts_what_the_report_says(base, table, tmp_path):
@@ -189,6 +210,11 @@ def test_folds_validate_on_what_they_were_not_trained_on(base, table, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert model.config.num_members == 3
     assert model.config.conformal_quantiles[0] > 0
+    run(base, table, tmp_path / "other", "--targets", "size", "--folds", "3", "--seed", "5")
+    assert sorted(path.name for path in (tmp_path / "other" / "members").iterdir()) == ["0", "1", "2"]
+    weights = (load_file(tmp_path / name / "members" / "0" / "model.safetensors") for name in ("model", "other"))
+    first, other = (each["classifier.dense.weight"] for each in weights)
+    assert not torch.equal(first, other)
 
 
 def test_folds_never_share_a_molecule(base, table, tmp_path):
@@ -371,6 +397,12 @@ def test_what_cannot_work_is_said(base, table, tmp_path):
     (full / "file").write_text("")
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(base, table, full, "--targets", "size")
+    with pytest.raises(ValueError, match="output_dir is .* which holds model"):
+        run(base, table, base, "--targets", "size", "--overwrite")
+    with pytest.raises(ValueError, match="output_dir is .* which holds input"):
+        run(base, table, table.parent, "--targets", "size", "--overwrite")
+    assert (base / "model.safetensors").is_file()
+    assert table.is_file()
     with pytest.raises(ValueError, match="folds must be 2 or more"):
         run(base, table, tmp_path / "out5", "--folds", "1")
 
@@ -415,6 +447,49 @@ def test_a_logarithm_of_zero_is_refused(base, table, tmp_path):
             "--transforms",
             "oxygen=log10",
         )
+
+
+@pytest.mark.parametrize("flags", [[], ["--folds", "2"]])
+def test_a_label_without_a_logarithm_is_refused_wherever_it_is_looked_at(base, tmp_path, flags):
+    """Validation decides and calibrates on the scale that is learned; folds train on it."""
+    rows = [f"{'C' * size}O,{size if size < 8 else 0},{'train' if size < 8 else 'valid'}" for size in range(1, 10)]
+    path = tmp_path / "zeros.csv"
+    path.write_text("\n".join(["SMILES,ic50,part", *rows, "CCN,1,test"]))
+    with pytest.raises(ValueError, match=r"'ic50' has the value 0, of which there is no log10"):
+        run(base, path, tmp_path / "out", "--targets", "ic50", "--transforms", "ic50=log10", *flags)
+
+
+def test_an_epoch_is_chosen_on_the_scale_that_is_learned():
+    task = Task("regression", ("ic50",), ("nM",), ("log10",))
+    finetuning = finetune.Finetuning(None, None, None, task, None, {})
+    labels = np.array([[1.0], [1e3], [1e6]])
+    np.testing.assert_allclose(finetuning.score(labels, 10 * labels, np.array([2.0])), -0.5)
+    np.testing.assert_allclose(task.in_own_units(task.learned(labels)), labels)
+
+
+def test_the_fingerprint_baseline_learns_the_same_scale(base, table, tmp_path, monkeypatch):
+    given = []
+
+    def forest(smiles, labels, others, *rest, **flags):
+        given.append(labels)
+        return np.full((len(others), 1), 2.0)
+
+    monkeypatch.setattr(finetune, "fingerprint_baseline", forest)
+    results = run(base, table, tmp_path, "--targets", "size", "--transforms", "size=log10", "--baseline")
+    assert np.nanmax(given[0]) < 3
+    rows = json.loads((tmp_path / "metrics.json").read_text())
+    assert rows == results
+    sizes = [
+        float(line.split(",")[1])
+        for line in table.read_text().splitlines()
+        if line.endswith(",test") and line.split(",")[1]
+    ]
+    expected = np.sqrt(np.mean((np.array(sizes) - 100) ** 2))
+    assert results["models"]["ECFP4 + random forest"]["test"]["mean"]["rmse"]["mean"] == pytest.approx(expected)
+
+
+def test_a_target_that_never_varies_has_no_spread_of_rounding():
+    np.testing.assert_array_equal(spreads(np.array([[5.3, 0.0, 1.0]] * 50 + [[np.nan, 0.0, 3.0]]))[:2], [1, 1])
 
 
 def test_scales_are_those_of_the_transformed_labels():

@@ -153,14 +153,14 @@ class GraphRows(Dataset[list[tuple[FlatGraphs, np.ndarray]]]):
         return {name: value for name, value in vars(self).items() if name != "_table"}
 
 
-def _column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+def column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
     """A column in the order of the rows, which is not that of `rows.data` once they are selected or shuffled."""
     return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
 def _molecules(rows: datasets.Dataset) -> pa.ChunkedArray:
     """What tells the molecules of the rows apart."""
-    return pc.coalesce(*(_column(rows, name) for name in _MOLECULE if name in rows.column_names))
+    return pc.coalesce(*(column(rows, name) for name in _MOLECULE if name in rows.column_names))
 
 
 def collate(

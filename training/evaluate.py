@@ -29,6 +29,7 @@ from transformers import (
 
 import preprocess
 from data import PreprocessedDataset, is_preprocessed, open_dataset
+from files import check_may_be_emptied
 from labels import atom_names, graphs_of, labelled
 from metrics import CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
@@ -149,10 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluate as the arguments say, and return what metrics.json holds."""
     settings = parse_args(argv)
     output_dir = Path(settings.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
-        raise FileExistsError(
-            f"{output_dir} is not empty. Choose another --output_dir, or delete it with --overwrite."
-        )
+    check_may_be_emptied(output_dir, settings.overwrite, model=settings.model, input=settings.input)
     model, processor = load_model(settings.model), MoleBlendProcessor.from_pretrained(settings.model)
     config, problem_type = model.config, prediction_type(model.config)
     targets, columns = chosen_targets(settings, model)

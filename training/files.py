@@ -25,6 +25,26 @@ NOT_TEXT = (  # how files start that are often found under the name of another
 )
 
 
+def check_may_be_emptied(folder: Path, overwrite: bool, **read: str) -> None:
+    """Raise if a folder to write into has files that may not be deleted, or that the run reads.
+
+    Args:
+        folder: which need not be there.
+        overwrite: whether to delete what is in it.
+        read: by the name of their setting, files and folders that the run reads, or names on the Hub.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        for name, path in read.items():
+            if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"output_dir is {str(folder)!r}, which holds {name}, {path!r}: it is emptied at the start. Name another folder."
+                )
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder} is not empty. Choose another --output_dir, or delete it with --overwrite."
+            )
+
+
 def is_gzip(path: Path) -> bool:
     """Whether a file is gzipped, by its content."""
     with open(path, "rb") as file:

@@ -39,6 +39,7 @@ import preprocess
 from batches import StepBatches
 from calibration import conformal_quantiles
 from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
+from files import check_may_be_emptied
 from fingerprints import fingerprint_baseline
 from labels import Labelled, atom_names, check_labels, graphs_of, labelled
 from metrics import score
@@ -72,7 +73,7 @@ from reporting import environment, without_places
 from settings import as_flags, load_settings, setting
 from sources import source_of
 from splits import SPLITS
-from tasks import PROBLEM_TYPES, Task, transformed_labels
+from tasks import PROBLEM_TYPES, Task, check_transforms, spreads
 
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
@@ -340,7 +341,8 @@ class Finetuning:
         """What the epoch is chosen by; higher is better. Errors of several targets are added in units of their spread."""
         name = SELECTED_BY[self.task.kind]
         if self.task.kind == "regression":
-            return -score(self.task.problem_type, labels / scales, values / scales, name)
+            labels, values = (self.task.learned(each) / scales for each in (labels, values))
+            return -score(self.task.problem_type, labels, values, name)
         return score(self.task.problem_type, labels, values, name)
 
     def train(
@@ -350,8 +352,7 @@ class Finetuning:
         accelerator, settings, device = self.accelerator, self.settings, self.accelerator.device
         training_rows, validation_rows = map(self.data.with_labels, (training_rows, validation_rows))
         training_labels, validation_labels = map(self.data.labels, (training_rows, validation_rows))
-        scales = np.nanstd(training_labels, axis=0)
-        scales[~(scales > 0)] = 1.0
+        scales = spreads(self.task.learned(training_labels)) if self.task.kind == "regression" else np.ones(1)
         class_weights = self.class_weights(training_labels)
         rows = GraphRows(self.data.rows, training_rows)
         batches = StepBatches(
@@ -397,7 +398,8 @@ class Finetuning:
                 progress.update()
 
             score = self.score(validation_labels, self.predict(model, validation_rows), scales)
-            seconds = time.perf_counter() - started
+            # One time for all processes, which have to stop together.
+            seconds = accelerator.reduce(torch.tensor(time.perf_counter() - started, device=device), "mean").item()
             if score > best.score:
                 best = Trained(model, score, epoch, seconds)
                 weights = {name: values.detach().cpu().clone() for name, values in model.state_dict().items()}
@@ -411,6 +413,8 @@ class Finetuning:
                 break
         progress.close()
         model.load_state_dict(weights)
+        # Without the autocast that `prepare` put around its forward: what is measured is what the saved folder computes.
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
         accelerator.free_memory(wrapped, optimizer)
         accelerator.print(
             f"{title}: epoch {best.epochs} of {epoch}, validation {SHOWN[self.task.kind]} {abs(best.score):.4f}, {seconds:.0f} s"
@@ -434,7 +438,7 @@ def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> Pre
         "num_conformers": settings.num_conformers,
         "hydrogens": processor.hydrogens,
         "canonical_atom_order": processor.canonical_atom_order,
-        "split": settings.split,
+        "split": "given" if settings.preprocessing.get("split_column") else settings.split,
         "split_seed": settings.split_seed,
         "num_proc": settings.num_proc,
     }
@@ -521,28 +525,29 @@ def baseline_run(
     """A random forest on fingerprints, trained on the same rows."""
     data, task = finetuning.data, finetuning.task
     smiles = np.array(data.labelled.smiles, dtype=object)
+    regression = task.kind == "regression"
+    labels = data.labels(training)
     started = time.perf_counter()
     values = fingerprint_baseline(
         list(smiles[training]),
-        data.labels(training),
+        task.learned(labels) if regression else labels,  # as the models learn them
         list(smiles[np.concatenate([validation, test])]),
         task.problem_type,
         seed,
         num_classes=len(task.class_names) or None,
     )
     seconds = time.perf_counter() - started
+    values = task.in_own_units(values) if regression else values
     parts = np.split(values, [len(validation)])
     predicted = [data.predicted(rows, part) for rows, part in zip((validation, test), parts, strict=True)]
     return Run(BASELINE, seed, validation=predicted[0], test=predicted[1], seconds=seconds)
 
 
-def calibrate(
-    config: MoleBlendConfig, labels: np.ndarray, values: np.ndarray, problem_type: str, coverage: float
-) -> None:
+def calibrate(config: MoleBlendConfig, labels: np.ndarray, values: np.ndarray, task: Task, coverage: float) -> None:
     """Write into a config how wide its intervals, or how large its sets have to be."""
-    if problem_type == "regression":
-        labels, values = transformed_labels(labels, config), transformed_labels(values, config)
-    config.conformal_quantiles = conformal_quantiles(problem_type, labels, values, coverage)
+    if task.kind == "regression":
+        labels, values = task.learned(labels), task.learned(values)
+    config.conformal_quantiles = conformal_quantiles(task.problem_type, labels, values, coverage)
     config.conformal_coverage = coverage
 
 
@@ -556,10 +561,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune as the arguments say, and return what metrics.json holds."""
     settings = parse_args(argv)
     output_dir = Path(settings.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
-        raise FileExistsError(
-            f"{output_dir} is not empty. Choose another --output_dir, or delete it with --overwrite."
-        )
+    check_may_be_emptied(output_dir, settings.overwrite, model=settings.model, input=settings.input)
     # Without geometries, the parameters of the distances get no gradient.
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
@@ -597,11 +599,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for part, rows in zip(PARTS, (training, validation, test), strict=True):
         if not len(rows):
             raise ValueError(f"No molecule of the {part} part has a label. Split the data another way with --split.")
+    both = np.sort(np.concatenate([training, validation]))
+    learned_from = training if settings.folds is None else both
     only_training = dataclasses.replace(
-        data.labelled, ids=[data.labelled.ids[row] for row in training], labels=data.labels(training),
-        num_atoms=None if data.labelled.num_atoms is None else data.labelled.num_atoms[training],
+        data.labelled, ids=[data.labelled.ids[row] for row in learned_from], labels=data.labels(learned_from),
+        num_atoms=None if data.labelled.num_atoms is None else data.labelled.num_atoms[learned_from],
     )  # fmt: skip
     warnings = check_labels(task.kind, only_training)
+    check_transforms(task, data.labels(both))
+    if set(task.transforms) - {"none"}:
+        warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:
         num_classes = int(np.nanmax(data.labels(np.concatenate([training, validation, test])))) + 1
         task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
@@ -624,15 +631,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if settings.folds is None:
         cuts = [(settings.seed + index, training, validation) for index in range(settings.seeds)]
     else:
-        both = np.sort(np.concatenate([training, validation]))
-        cuts = [(index, *rows) for index, rows in enumerate(fold_rows(data, both, settings))]
+        cuts = [(settings.seed + index, *rows) for index, rows in enumerate(fold_rows(data, both, settings))]
     runs: list[Run] = []
     members: list[PreTrainedModel] = []
     names = {"no": [MODEL], "also": [MODEL, FROM_SCRATCH], "only": [FROM_SCRATCH]}[settings.from_scratch]
     unseen: list[np.ndarray] = []  # what each member predicts for its validation rows
     for name in names:
-        for seed, training_rows, validation_rows in cuts:
-            title = f"{name}, {'fold' if settings.folds else 'seed'} {seed}"
+        for index, (seed, training_rows, validation_rows) in enumerate(cuts):
+            title = f"{name}, fold {index}" if settings.folds else f"{name}, seed {seed}"
             trained = finetuning.train(training_rows, validation_rows, seed, name == FROM_SCRATCH, title)
             if trained.ended_by_time is not None:
                 warnings.append(
@@ -663,7 +669,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         calibration_rows = np.concatenate([rows for _, _, rows in cuts])
         calibration_values = np.concatenate(unseen)
-    calibrate(final.config, data.labels(calibration_rows), calibration_values, task.problem_type, settings.coverage)
+    calibrate(final.config, data.labels(calibration_rows), calibration_values, task, settings.coverage)
     found_test = predict_graphs(final, processor, graphs_of(data.rows, test), finetuning.budget())
     intervals = {"lower": found_test.lower, "upper": found_test.upper, "prediction_sets": found_test.prediction_sets}
     final_run = Run(
@@ -679,9 +685,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if settings.baseline and data.labelled.num_atoms is None:
         runs += [baseline_run(finetuning, trained_on, chosen_on, test, seed) for seed, trained_on, chosen_on in cuts]
 
-    for (seed, _, _), member in zip(cuts, members, strict=True):
+    for index, ((seed, _, _), member) in enumerate(zip(cuts, members, strict=True)):
         if final is not member:
-            save(member, processor, output_dir / "members" / str(seed))
+            save(member, processor, output_dir / "members" / str(index if settings.folds else seed))
     save(final, processor, output_dir)
     arguments = sys.argv[1:] if argv is None else argv
     experiment = Experiment(

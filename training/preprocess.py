@@ -127,6 +127,11 @@ class PreprocessingSettings:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.molecule_time_limit <= 0:
             raise ValueError(f"molecule_time_limit must be more than 0 seconds, got {self.molecule_time_limit}.")
+        if self.split_column is not None and self.split not in (None, "given"):
+            raise ValueError(
+                f"split_column names the column that says the split of each row, but split is {self.split!r}, which makes "
+                "another one. Leave one of them out."
+            )
         if self.without and self.duplicates == "keep":
             raise ValueError("without compares InChIKeys, which duplicates='keep' does not make. Use report or drop.")
 

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 
 from data import PreprocessedDataset
+from data import column as column_of
 from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
 from moleblend_hf.prediction_moleblend import predicts_atoms
 from reporting import CARDS, dataset_id, render
@@ -110,7 +111,7 @@ class SplitFacts:
     ) -> "SplitFacts":
         """From the rows of each part, which have an `id` and, for the leakage, an `inchikey`."""
         keys = {
-            part: set(pc.unique(rows.data["inchikey"]).drop_null().to_pylist())
+            part: set(pc.unique(column_of(rows, "inchikey")).drop_null().to_pylist())
             for part, rows in parts.items()
             if "inchikey" in rows.column_names
         }

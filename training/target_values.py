@@ -51,8 +51,11 @@ def stored_number(value: str | float, target: Target, factor: float = 1.0) -> fl
         return float(target.class_names.index(text))
     number = _as_number(text if isinstance(value, str) else value) * factor
     if target.class_names:
-        # Where names are numbers, a number that is no name is a mistake and no index.
-        fits = number in range(len(target.class_names)) and all(map(math.isnan, map(_as_number, target.class_names)))
+        # Where names are numbers, 1.0 is the class "1", and a number that is no name is a mistake and no index.
+        names = [_as_number(name) for name in target.class_names]
+        if number in names and not any(map(math.isnan, names)):
+            return float(names.index(number))
+        fits = number in range(len(names)) and all(map(math.isnan, names))
         expected = f"none of its classes {', '.join(target.class_names)}"
     elif target.task == "classes":
         fits, expected = number >= 0 and number.is_integer(), "no index of a class (0, 1, 2, ...)"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from moleblend_hf import MoleBlendConfig
-from moleblend_hf.targets_moleblend import transformed
+from moleblend_hf.targets_moleblend import transformed, untransformed
 
 # What a user calls a task, and what a config calls it.
 PROBLEM_TYPES = {
@@ -56,18 +56,27 @@ class Task:
         values["target_units"] = [unit or "" for unit in self.units] if any(self.units) else None
         values["target_transforms"] = list(self.transforms) or None
         check_transforms(self, labels)
-        config = MoleBlendConfig(id2label=values["id2label"], target_transforms=values["target_transforms"])
-        scaled = transformed_labels(labels, config)
-        values["target_means"] = np.nanmean(scaled, axis=0).tolist()
-        deviations = np.nanstd(scaled, axis=0)
-        # A target that never varies is predicted as its one value.
-        values["target_scales"] = np.where(deviations > 0, deviations, 1.0).tolist()
+        learned = self.learned(labels)
+        values["target_means"] = np.nanmean(learned, axis=0).tolist()
+        values["target_scales"] = spreads(learned).tolist()
         return values
 
+    def learned(self, values: np.ndarray) -> np.ndarray:
+        """Values (n, T) in own units on the scale that is learned, after the transforms."""
+        return transformed(torch.from_numpy(values), self._transforming()).numpy()
 
-def transformed_labels(labels: np.ndarray, config: MoleBlendConfig) -> np.ndarray:
-    """Labels (n, T) in own units as the head is trained on them, before scaling."""
-    return transformed(torch.from_numpy(labels), config).numpy()
+    def in_own_units(self, learned: np.ndarray) -> np.ndarray:
+        """The inverse of `learned`."""
+        return untransformed(torch.from_numpy(learned), self._transforming()).numpy()
+
+    def _transforming(self) -> MoleBlendConfig:
+        return MoleBlendConfig(id2label=dict(enumerate(self.names)), target_transforms=list(self.transforms) or None)
+
+
+def spreads(values: np.ndarray) -> np.ndarray:
+    """Standard deviation (T,) of each target of (n, T); 1 for one that never varies, and is predicted as its one value."""
+    deviations, sizes = np.nanstd(values, axis=0), np.nanmax(np.abs(values), axis=0)
+    return np.where(deviations > 1e-12 * sizes, deviations, 1.0)  # a mean of equal numbers may be off by a rounding
 
 
 def check_transforms(task: Task, labels: np.ndarray) -> None:
