@@ -17,6 +17,7 @@ import csv
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -81,13 +82,21 @@ def read_molecules(
         return
     if format not in DELIMITERS and smiles_column is not None:
         raise ValueError(f"A file of the format {format!r} has no column {smiles_column!r}. Leave its name out.")
+    num_rows = 0
     with _opened(path) as lines:
         if format == "smi":
-            yield from _read_smiles(lines)
+            rows = _read_smiles(lines)
         elif format == "sdf":
-            yield from _read_sdf(lines, id_column)
+            rows = _read_sdf(lines, id_column)
         else:
-            yield from _read_table(lines, DELIMITERS[format], smiles_column, id_column)
+            rows = _read_table(lines, DELIMITERS[format], smiles_column, id_column)
+        try:
+            for molecule in rows:
+                yield molecule
+                num_rows += 1
+        except (EOFError, OSError, zlib.error) as error:
+            damage = MoleculeError(f"lies where the file is damaged: {error}", format, "Fetch the file again")
+            yield MoleculeRow(str(num_rows), None, damage)
 
 
 def _format_of(path: str) -> str:
@@ -106,6 +115,8 @@ def _opened(path: str) -> Iterator[TextIO]:
     if path == STANDARD_STREAM:
         if sys.stdin.isatty():
             print("Reading molecules from the terminal; Ctrl-D ends them.", file=sys.stderr)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline="")  # as a file, below
         yield sys.stdin
         return
     with ExitStack() as stack:
@@ -122,6 +133,7 @@ def _read_smiles(lines: Iterable[str]) -> Iterator[MoleculeRow]:
         smiles, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
         if not smiles or (row == 0 and smiles.lower() == "smiles"):
             continue
+        name = name.lstrip()
         if name.startswith("|"):  # a CXSMILES extension belongs to the SMILES although there is a space before it
             extension, bar, name = name[1:].partition("|")
             smiles = f"{smiles} |{extension}{bar}"
@@ -134,7 +146,12 @@ def _read_table(
 ) -> Iterator[MoleculeRow]:
     # Strict, or else a quote that is never closed swallows the rows after it without a word.
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = [name.strip() for name in next(rows, [])]
+    try:
+        header = [name.strip() for name in next(rows, [])]
+    except csv.Error as error:
+        raise ValueError(
+            f"The first row, of the names of columns, cannot be read: {error}. Fix its quotes."
+        ) from error
     smiles_at = _position(smiles_column or _guess_smiles(header), header)
     id_at = None if id_column is None else _position(id_column, header)
     row = 0
@@ -147,7 +164,7 @@ def _read_table(
             yield MoleculeRow(str(row), None, MoleculeError(f"cannot be read: {error}", "csv", "Fix its quotes"))
             row += 1
             continue
-        if not any(cell.strip() for cell in cells):
+        if len(cells) < 2 and not any(cell.strip() for cell in cells):  # a blank line
             continue
         if len(cells) != len(header):
             reason = f"is in a row with {len(cells)} cells under {len(header)} columns"
@@ -165,6 +182,8 @@ def _read_parquet(path: str, smiles_column: str | None, id_column: str | None) -
     pa, pq = _pyarrow()
     with pq.ParquetFile(path) as file:
         header = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        if "coordinates" in file.schema_arrow.names:
+            print("The column 'coordinates' is not read; training/predict.py reads it.", file=sys.stderr)
         smiles_name = header[_position(smiles_column or _guess_smiles(header), header)]
         id_name = None if id_column is None else header[_position(id_column, header)]
         rows = (cells for batch in file.iter_batches(columns=header) for cells in batch.to_pylist())

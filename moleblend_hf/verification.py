@@ -339,6 +339,8 @@ def _deviation(found: torch.Tensor | None, expected: torch.Tensor) -> float:
         found[~finite].nan_to_num(), expected[~finite].nan_to_num()
     ):
         return float("inf")
+    if not finite.any():
+        return 0.0
     difference = (found[finite] - expected[finite]).abs().max().item()
     return difference / max(expected[finite].abs().max().item(), torch.finfo(expected.dtype).tiny)
 

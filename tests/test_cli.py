@@ -177,6 +177,30 @@ def test_rows_of_a_table_that_cannot_be_read_stay_in_their_place(models):
     assert rows[3]["error"] == ""
 
 
+def test_a_row_of_empty_cells_is_a_row_and_a_blank_line_is_none(models):
+    rows = rows_of(moleblend("predict", models / "finetune", "--format", "csv", stdin="smiles,y\nC,1\n,\n\nCC,2\n"))
+    assert [(row["id"], row["smiles"], bool(row["error"])) for row in rows] == [
+        ("0", "C", False), ("1", "", True), ("2", "CC", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cut.csv.gz", "cut.smi.gz"])
+def test_a_damaged_file_gives_the_rows_before_and_says_so(models, tmp_path, name):
+    molecules = ["C" * (1 + index * 7919 % 23) + "N" * (index % 5) for index in range(400)]
+    path = tmp_path / name
+    path.write_bytes(gzip.compress("\n".join(["smiles", *molecules]).encode(), mtime=0)[:-60])
+    *found, last = rows_of(moleblend("predict", models / "finetune", path))
+    assert 0 < len(found) < 400
+    assert [row["smiles"] for row in found][:-1] == molecules[: len(found) - 1]
+    assert last["error"].startswith("lies where the file is damaged")
+    assert last["id"] == str(len(found))
+
+
+def test_a_name_may_come_after_an_extension_and_several_spaces(models):
+    (row,) = rows_of(moleblend("predict", models / "finetune", stdin="C[C@H](O)CC  |o1:1|  butanol\n"))
+    assert (row["id"], row["smiles"]) == ("butanol", "C[C@H](O)CC |o1:1|")
+
+
 def test_ensembles_classes_and_atoms_have_their_columns(models, tmp_path):
     rows = rows_of(moleblend("predict", models / "ensemble", stdin="CCO"))
     assert float(rows[0]["gap_ensemble_spread"]) > 0
@@ -264,6 +288,8 @@ def test_errors_are_a_line_and_leave_no_file(models, tmp_path):
     assert "is an ensemble, whose members have no common embedding" in error_of("embed", models / "ensemble")
     assert "layers is 9, but the model has" in error_of("embed", models / "pretrain", "--layers", "9", stdin="C")
     assert "A list of vectors does not fit into CSV" in error_of("embed", finetune, "--atoms", stdin="C")
+    quotes = error_of("predict", finetune, "--format", "csv", stdin='smiles,"na"me\nC,1\n')
+    assert "The first row, of the names of columns, cannot be read" in quotes
     assert "There are no molecules" in error_of("predict", finetune, "-o", output, stdin="\n")
     assert "'in.xyz' does not end in .smi, .smiles" in error_of("predict", finetune, "in.xyz")
     assert "No such file" in error_of("predict", finetune, tmp_path / "in.csv", "-o", output)

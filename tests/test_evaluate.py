@@ -238,7 +238,7 @@ def test_a_part_without_labels_is_refused(tmp_path, folder):
 def test_a_folder_that_holds_something_is_not_overwritten_unasked(tmp_path, folder):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(ValueError, match="output_dir is .* which holds model"):
+    with pytest.raises(ValueError, match=r"The output, .*, holds model"):
         evaluate.main(["--model", str(folder), "--input", "t.csv", "--output_dir", str(folder), "--overwrite"])
     assert (folder / "model.safetensors").is_file()
     with pytest.raises(FileExistsError, match=r"out is not empty. Choose another --output_dir"):

@@ -547,6 +547,17 @@ def test_sdf_records_stay_in_their_places(tmp_path, compress):
     assert graphs[3] is records[3]
 
 
+def test_records_without_a_line_between_them_are_not_one_molecule(tmp_path):
+    """Of the two, the second's data fields would be taken for the first's."""
+    path = tmp_path / "molecules.sdf"
+    first, second = mol_block("CCO", "3D", 0.1), mol_block("c1ccccc1", "3D", 0.2) + "> <y>\n2\n\n"
+    path.write_text(first + "> <y>\n1\n\n" + second + "$$$$\n" + mol_block("CC", "3D", 0.3))
+    joined, last = read_sdf(path)
+    assert last.GetNumAtoms() > 0
+    with pytest.raises(MoleculeError, match=r"holds several molecules, as if a line \$\$\$\$ were missing"):
+        raise joined
+
+
 def test_a_truncated_gzip_yields_what_is_left_and_then_the_damage(tmp_path):
     path = tmp_path / "cut.sdf.gz"
     records = [mol_block("C" * (1 + i % 40), "3D", 0.1 * (i + 1)) for i in range(400)]

@@ -397,9 +397,9 @@ def test_what_cannot_work_is_said(base, table, tmp_path):
     (full / "file").write_text("")
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(base, table, full, "--targets", "size")
-    with pytest.raises(ValueError, match="output_dir is .* which holds model"):
+    with pytest.raises(ValueError, match=r"The output, .*, holds model"):
         run(base, table, base, "--targets", "size", "--overwrite")
-    with pytest.raises(ValueError, match="output_dir is .* which holds input"):
+    with pytest.raises(ValueError, match=r"The output, .*, holds input"):
         run(base, table, table.parent, "--targets", "size", "--overwrite")
     assert (base / "model.safetensors").is_file()
     assert table.is_file()

@@ -616,6 +616,9 @@ def test_a_folder_is_not_overwritten_unasked(table, tmp_path):
     ):
         preprocess.main(argv)
     preprocess.main([*argv, "--overwrite"])
+    with pytest.raises(ValueError, match=r"The output, .*, holds input"):
+        preprocess.main([*argv, "--output", str(table.parent), "--overwrite"])
+    assert table.is_file()
     with pytest.raises(FileExistsError, match="is not empty, and no run of this script left it"):
         preprocess.main([*argv, "--output", str(table.parent)])
 

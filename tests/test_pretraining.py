@@ -277,6 +277,21 @@ def test_several_datasets_are_one_and_no_molecule_of_the_validation_split_is_tra
     )  # of the second, the first ten are not in the first's validation
 
 
+def test_molecules_are_told_apart_alike_in_all_splits(tmp_path):
+    """Also where one of the datasets has no InChIKeys."""
+    table = pq.read_table(SAMPLE_ROWS)
+    first = write_dataset(tmp_path / "first", train=table.slice(0, 40), validation=table.slice(100, 30))
+    second = write_dataset(tmp_path / "second", train=table.slice(90, 25).drop_columns(["inchikey"]))
+    training, _ = data.training_and_held_out(data.open_together([str(first), str(second)]), 8, seed=0)
+    assert training.indices.tolist() == list(range(50))
+
+
+def test_a_dataset_without_a_training_part_is_refused(tmp_path):
+    folder = write_dataset(tmp_path / "data", test=pq.read_table(SAMPLE_ROWS).slice(0, 20))
+    with pytest.raises(ValueError, match=r"has no part 'train'; it has test"):
+        run(folder, tmp_path / "run")
+
+
 def test_datasets_made_with_other_settings_are_not_put_together(tmp_path, dataset):
     about = json.loads((SAMPLE / "preprocessing.json").read_text())
     other = write_dataset(

@@ -18,7 +18,7 @@ from moleblend_hf import (
     MoleBlendModel,
     MoleBlendProcessor,
 )
-from moleblend_hf.verification import verify, write_reference_outputs
+from moleblend_hf.verification import _deviation, verify, write_reference_outputs
 
 REGRESSION = {
     "num_labels": 2,
@@ -223,6 +223,12 @@ def test_another_config_is_found_also_where_no_weight_depends_on_it(folder):
         "target_units": (None, ["eV", "s"]),
     }
     assert "config setting target_units: None was saved, ['eV', 's'] was loaded" in str(report)
+
+
+def test_outputs_that_are_never_finite_can_be_equal():
+    found = torch.tensor([float("nan"), float("inf")])
+    assert _deviation(found, found.clone()) == 0
+    assert _deviation(found, -found) == float("inf")
 
 
 def test_without_reference_outputs_there_is_nothing_to_verify(folder):

@@ -75,7 +75,8 @@ class ConformerCache:
 
 def _key(canonical: Chem.Mol, settings: FeaturizationSettings) -> bytes:
     values = {name: value for name, value in asdict(settings).items() if name in SETTINGS}
-    text = json.dumps([Chem.MolToSmiles(canonical), values, rdBase.rdkitVersion], sort_keys=True)
+    # Not canonical: with the order of the atoms, which is that of the coordinates.
+    text = json.dumps([Chem.MolToSmiles(canonical, canonical=False), values, rdBase.rdkitVersion], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()
 
 

@@ -105,9 +105,11 @@ def open_together(names: Sequence[str]) -> PreprocessedDataset:
     if not others:
         return replace(first, about=about)
     splits = datasets.DatasetDict()
+    # The same in all splits: molecules of one are looked for in another.
+    everything = [part for dataset in opened for part in dataset.splits.values()]
+    columns = [name for name in _MOLECULE if all(name in part.column_names for part in everything)]
     for split in dict.fromkeys(split for dataset in opened for split in dataset.splits):
         parts = [dataset.splits[split] for dataset in opened if split in dataset.splits]
-        columns = [name for name in _MOLECULE if all(name in part.column_names for part in parts)]
         splits[split] = datasets.concatenate_datasets(
             [part.select_columns([*columns, *GRAPH_COLUMNS]) for part in parts]
         )
@@ -201,7 +203,7 @@ def training_and_held_out(dataset: PreprocessedDataset, num_held_out: int, seed:
 
     No molecule of the validation split is trained on, whichever dataset it stands in.
     """
-    train = dataset.splits["train"]
+    train = dataset.part("train")
     if "validation" in dataset.splits:
         validation = dataset.splits["validation"]
         held_out = np.random.default_rng(seed).permutation(len(validation))[:num_held_out]

@@ -25,6 +25,14 @@ NOT_TEXT = (  # how files start that are often found under the name of another
 )
 
 
+def check_does_not_hold(folder: Path, name: str, path: str | Path) -> None:
+    """Raise if a folder that is emptied at the start holds what the run reads under the name of a setting."""
+    if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"The output, {str(folder)!r}, holds {name}, {str(path)!r}, but is emptied at the start. Name another folder."
+        )
+
+
 def check_may_be_emptied(folder: Path, overwrite: bool, **read: str) -> None:
     """Raise if a folder to write into has files that may not be deleted, or that the run reads.
 
@@ -35,10 +43,7 @@ def check_may_be_emptied(folder: Path, overwrite: bool, **read: str) -> None:
     """
     if folder.is_dir() and any(folder.iterdir()):
         for name, path in read.items():
-            if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(
-                    f"output_dir is {str(folder)!r}, which holds {name}, {path!r}: it is emptied at the start. Name another folder."
-                )
+            check_does_not_hold(folder, name, path)
         if not overwrite:
             raise FileExistsError(
                 f"{folder} is not empty. Choose another --output_dir, or delete it with --overwrite."

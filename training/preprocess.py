@@ -32,6 +32,7 @@ from assemble import ABOUT, Assembly, assemble, publish
 from conformers import ConformerCache
 from dataset_card import write_dataset_card
 from engines import ENGINES, run_locally, run_on_ray
+from files import check_does_not_hold
 from moleblend_hf.molecules_moleblend import HYDROGENS, MODALITIES, FeaturizationSettings
 from parts import Part, PartSettings, makes_conformers
 from reporting import versions
@@ -220,6 +221,10 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     output = Path(settings.output)
     work = output / ".parts"
     if settings.overwrite:
+        for file in source.files:
+            check_does_not_hold(output, "input", file)
+        if settings.conformer_cache is not None:
+            check_does_not_hold(output, "conformer_cache", settings.conformer_cache)
         shutil.rmtree(output, ignore_errors=True)
     elif (output / ABOUT).exists():
         raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")

@@ -604,6 +604,9 @@ def parse_sdf_record(record: str) -> "Chem.Mol | MoleculeError":
     """Returns the molecule of an SDF record with its hydrogens and data fields, or what is wrong with it."""
     if not record.strip():
         return MoleculeError("is empty", "sdf", "Remove it from the file")
+    # RDKit reads the first; data fields after it would be those of another molecule.
+    if sum(line.startswith("M  END") for line in record.splitlines()) > 1:
+        return MoleculeError("holds several molecules, as if a line $$$$ were missing", "sdf", "Put one between them")
     supplier = Chem.SDMolSupplier()
     supplier.SetData(record, sanitize=True, removeHs=False)
     try:
