@@ -172,7 +172,7 @@ def embed(
     Examples:
       moleblend embed outputs/pretrain molecules.csv --output embeddings.parquet
       moleblend embed outputs/pretrain molecules.csv --atoms -o atoms.parquet
-      moleblend embed model_cards/moleblend-small molecules.csv --layers 2 -o embeddings.parquet
+      moleblend embed outputs/pretrain molecules.csv --layers 2 -o lower.parquet
       cat molecules.smi | moleblend embed outputs/pretrain > embeddings.csv
     """
     embedder = open_checkpoint(model, revision, device, modality=modality, num_conformers=num_conformers)
