@@ -525,29 +525,26 @@ def baseline_run(
     """A random forest on fingerprints, trained on the same rows."""
     data, task = finetuning.data, finetuning.task
     smiles = np.array(data.labelled.smiles, dtype=object)
-    regression = task.kind == "regression"
-    labels = data.labels(training)
     started = time.perf_counter()
     values = fingerprint_baseline(
         list(smiles[training]),
-        task.learned(labels) if regression else labels,  # as the models learn them
+        task.learned(data.labels(training)),
         list(smiles[np.concatenate([validation, test])]),
         task.problem_type,
         seed,
         num_classes=len(task.class_names) or None,
     )
     seconds = time.perf_counter() - started
-    values = task.in_own_units(values) if regression else values
-    parts = np.split(values, [len(validation)])
+    parts = np.split(task.in_own_units(values), [len(validation)])
     predicted = [data.predicted(rows, part) for rows, part in zip((validation, test), parts, strict=True)]
     return Run(BASELINE, seed, validation=predicted[0], test=predicted[1], seconds=seconds)
 
 
 def calibrate(config: MoleBlendConfig, labels: np.ndarray, values: np.ndarray, task: Task, coverage: float) -> None:
     """Write into a config how wide its intervals, or how large its sets have to be."""
-    if task.kind == "regression":
-        labels, values = task.learned(labels), task.learned(values)
-    config.conformal_quantiles = conformal_quantiles(task.problem_type, labels, values, coverage)
+    config.conformal_quantiles = conformal_quantiles(
+        task.problem_type, task.learned(labels), task.learned(values), coverage
+    )
     config.conformal_coverage = coverage
 
 

@@ -55,14 +55,13 @@ class Task:
             return values
         values["target_units"] = [unit or "" for unit in self.units] if any(self.units) else None
         values["target_transforms"] = list(self.transforms) or None
-        check_transforms(self, labels)
         learned = self.learned(labels)
         values["target_means"] = np.nanmean(learned, axis=0).tolist()
         values["target_scales"] = spreads(learned).tolist()
         return values
 
     def learned(self, values: np.ndarray) -> np.ndarray:
-        """Values (n, T) in own units on the scale that is learned, after the transforms."""
+        """Values (n, T) in own units on the scale that is learned, after the transforms; as they are where there are none."""
         return transformed(torch.from_numpy(values), self._transforming()).numpy()
 
     def in_own_units(self, learned: np.ndarray) -> np.ndarray:
