@@ -1,18 +1,23 @@
-r"""What each part of the pretraining is worth: the recipes at an equal number of steps, judged by linear probes on validation.
+r"""What each part of the pretraining is worth: the recipes at an equal number of steps, judged by linear probes and by fine-tuning.
 
     python benchmarks/ablations.py --data data/qm9 --targets gap,homo,lumo,mu,alpha --max_steps 1500 --seeds 0,1,2 \
         --model num_hidden_layers=6 hidden_size=256 intermediate_size=256 num_attention_heads=16
+    python benchmarks/ablations.py ... --finetuning "--max_training_molecules 1000 --epochs 20 --max_validation_molecules 1000"
 
 Each recipe is a run of training/pretrain.py with `training/configs/RECIPE.yaml`, in OUTPUT_DIR/RECIPE-SEED; one that was stopped
 goes on, one that is finished is not made again. Flags that are not named here go to pretrain.py, the same to all of them.
 Probes (linear_probe.py) show the molecules in each way that the recipe trained: bonds alone (2d), distances alone (3d), both (auto);
-atoms and their features are shown in all of them. Compare recipes within one way. `random weights` is one draw.
+atoms and their features are shown in all of them. Compare recipes within one way. `random weights` is one draw for the probes.
+With --finetuning each run is fine-tuned in the same ways by finetune.py, with its own seed, and so are random weights; the epoch is
+chosen on validation. Figures are of the validation part, by which one may choose; --part test is for once, at the end.
 """
 
 import argparse
 import gc
 import json
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -20,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import linear_probe
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
-from kept_runs import check_settings
+from kept_runs import check_settings, finetuned
+from linear_probe import RANDOM
 
 import pretrain
 from settings import as_flags
@@ -69,8 +75,41 @@ def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str
     return folder
 
 
+def errors(folder: Path, seed: int, shown: str, args: argparse.Namespace, from_scratch: bool) -> dict[str, float]:
+    """Mean absolute error of each target after fine-tuning, done in OUTPUT_DIR/finetuned if it is not there."""
+    settings = {
+        "model": folder,
+        "input": args.data,
+        "targets": args.targets,
+        "modality": shown,
+        "seed": seed,
+        "split_seed": seed,  # draws the training molecules, the same for all recipes
+        "from_scratch": "only" if from_scratch else "no",
+        "output_dir": Path(
+            args.output_dir, "finetuned", f"{'from_scratch' if from_scratch else folder.name}-{shown}-{seed}"
+        ),
+        "baseline": False,
+    }
+    (model,) = finetuned([*as_flags(settings), *shlex.split(args.finetuning)])["models"].values()
+    return {name: figures["mae"] for name, figures in model["runs"][0][args.part]["targets"].items()}
+
+
+def print_table(found: Mapping[tuple[str, str], list[float]], title: str) -> None:
+    """Mean and sample standard deviation of the values of each row and column."""
+    columns = list(dict.fromkeys(column for _, column in found))
+    print(f"| {title} | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for row in dict.fromkeys(row for row, _ in found):
+        cells = []
+        for column in columns:
+            values = found[row, column]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Make the runs that are missing, probe all, print a table."""
+    """Make the runs that are missing, probe all and fine-tune them, print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset with geometries and parts, as preprocess.py writes it")
     parser.add_argument("--targets", help="of the probes, A,B; left out: all of the dataset")
@@ -80,17 +119,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part that a probe sees, at most")
     parser.add_argument("--layers", type=int, help="probe after so many of the lowest; left out: all")
+    parser.add_argument(
+        "--finetuning", help="fine-tune with these flags of finetune.py, too; the targets are regressions then"
+    )
     parser.add_argument("--output_dir", default="outputs/ablations")
     args, flags = parser.parse_known_args(argv)
     if unknown := sorted(set(args.recipes.split(",")) - set(SHOWN)):
         parser.error(f"recipes has {unknown[0]!r}, but has to be some of {', '.join(SHOWN)}")
-    folders = {
-        recipe: [str(pretrained(recipe, int(seed), args, flags)) for seed in args.seeds.split(",")]
-        for recipe in args.recipes.split(",")
-    }
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    folders = {recipe: [pretrained(recipe, seed, args, flags) for seed in seeds] for recipe in args.recipes.split(",")}
     found: dict[tuple[str, str], list[float]] = {}
     for shown in ALL:
-        recipe_of = {folder: recipe for recipe, runs in folders.items() if shown in SHOWN[recipe] for folder in runs}
+        recipe_of = {
+            str(folder): recipe for recipe, runs in folders.items() if shown in SHOWN[recipe] for folder in runs
+        }
         if not recipe_of:
             continue
         probes = linear_probe.results(
@@ -101,16 +143,18 @@ def main(argv: list[str] | None = None) -> None:
                 metric, value = next(iter(metrics.items()))
                 title = f"{recipe_of.get(name, name)} ({shown})"
                 found.setdefault((title, f"{target} ({metric})"), []).append(value)
-    columns = list(dict.fromkeys(column for _, column in found))
-    print("| recipe (probed with) | " + " | ".join(columns) + " |")
-    print("|---" * (1 + len(columns)) + "|")
-    for title in dict.fromkeys(title for title, _ in found):
-        cells = []
-        for column in columns:
-            values = found[title, column]
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4f}{spread}")
-        print(f"| {title} | {' | '.join(cells)} |")
+    print_table(found, "recipe (probed with)")
+    if args.finetuning is None:
+        return
+    found = {}
+    for shown in ALL:
+        judged = [(recipe, runs) for recipe, runs in folders.items() if shown in SHOWN[recipe]]
+        for recipe, runs in [*judged, (RANDOM, next(iter(folders.values())))] if judged else ():
+            for seed, folder in zip(seeds, runs, strict=True):
+                for target, error in errors(folder, seed, shown, args, recipe == RANDOM).items():
+                    found.setdefault((f"{recipe} ({shown})", f"{target} (mae)"), []).append(error)
+    print()
+    print_table(found, "recipe (fine-tuned with)")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(
+def test_recipes_are_pretrained_once_then_probed_and_fine_tuned_with_what_they_were_shown(
     dataset, tmp_path, on_cpu, monkeypatch, capsys
 ):
     flags = ["--data", dataset, "--max_steps", "2", "--seeds", "0,1", "--recipes", "small,ablation_2d_only"]
@@ -75,6 +75,21 @@ def test_recipes_are_pretrained_once_and_probed_with_what_they_were_shown(
     monkeypatch.setattr(ablations.pretrain, "main", None)  # nothing is trained again
     ablations.main(flags)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == lines
+
+    monkeypatch.setattr(ablations, "ALL", ("2d",))
+    ablations.main([*flags, "--finetuning", "--epochs 1 --max_training_molecules 16"])
+    tables = rows_of(capsys.readouterr().out)
+    assert tables[:5] == rows_of("\n".join(lines))[:5]
+    titles, _, *rows = tables[5:]
+    assert titles == ["recipe (fine-tuned with)", "size (mae)"]
+    assert [row[0] for row in rows] == ["small (2d)", "ablation_2d_only (2d)", "random weights (2d)"]
+    for (_, figure), name in zip(rows, ("small-{}", "ablation_2d_only-{}", "from_scratch"), strict=True):
+        found = [tmp_path / "finetuned" / f"{name.format(seed)}-2d-{seed}" / "metrics.json" for seed in (0, 1)]
+        of_seeds = [json.loads(path.read_text()) for path in found]
+        assert [(run["settings"]["modality"], run["settings"]["seed"]) for run in of_seeds] == [("2d", 0), ("2d", 1)]
+        scores = [next(iter(run["models"].values()))["runs"][0]["validation"]["targets"]["size"] for run in of_seeds]
+        errors = [score["mae"] for score in scores]
+        assert figure == f"{np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}"
 
 
 def test_a_probe_finds_what_the_embedding_holds_and_nothing_in_noise():
