@@ -483,6 +483,17 @@ def launched(
     )
 
 
+def test_deepspeed_is_refused_with_the_reason(dataset, tmp_path, monkeypatch):
+    class Launched(pretrain.Accelerator):
+        distributed_type = pretrain.DistributedType.DEEPSPEED
+
+    monkeypatch.setattr(pretrain, "Accelerator", Launched)
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed is not supported: .* pickles.* training/configs/accelerate/fsdp\.yaml"
+    ):
+        run(dataset, tmp_path / "run")
+
+
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

@@ -203,7 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataclasses.replace(settings, mixed_precision=accelerator.mixed_precision)
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed steps by rules of its own. FSDP shards as it does: configs/accelerate/fsdp.yaml.")
+        raise ValueError(
+            "DeepSpeed is not supported: in float32 it leaves out no step with a gradient that is not finite, and its checkpoints "
+            "are pickles, which run code when they are loaded. FSDP shards as it does: training/configs/accelerate/fsdp.yaml."
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if accelerator.is_main_process:
         if checkpoint is None:
