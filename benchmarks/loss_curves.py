@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", action="store_true", help="on the GPU, not the CPU")
     parser.add_argument("--plot", type=Path, default=Path("loss_curves.png"), help="where the picture goes")
     args, others = parser.parse_known_args(argv)
+    if args.steps < args.window:
+        parser.error(f"steps must be {args.window} or more, as many as a mean is over (--window), got {args.steps}")
 
     curves: dict[str, dict[str, np.ndarray]] = {}
     print(f"{args.steps} steps on {args.dataset}; curves are means of {args.window} steps")

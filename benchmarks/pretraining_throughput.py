@@ -47,7 +47,13 @@ from training_step import has_bfloat16
 from batches import cut
 from compilation import keep_equal_sizes_apart
 from data import GraphRows, collate, open_dataset
-from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor, modeling_moleblend
+from moleblend_hf import (
+    MoleBlendConfig,
+    MoleBlendForPreTraining,
+    MoleBlendProcessor,
+    heads_moleblend,
+    modeling_moleblend,
+)
 from moleblend_hf.graphs_moleblend import Budget
 from objective import count_targets, drawn, molecule_seeds
 from rows import GRAPH_COLUMNS
@@ -191,7 +197,8 @@ class Trainer:
                     mock.patch.object(modeling_moleblend, "gathers", lambda t: t.is_floating_point() and gathers(t))
                 )
             if not contestant.own_dropout:
-                stack.enter_context(mock.patch.object(modeling_moleblend, "drop_values", F.dropout))
+                for module in (modeling_moleblend, heads_moleblend):
+                    stack.enter_context(mock.patch.object(module, "drop_values", F.dropout))
             batches = iter(corpus.loader(contestant, self.device))
             if contestant not in self.known:
                 self.known.add(contestant)

@@ -11,18 +11,19 @@ plain step in float32; memory is measured in a fresh process for each. The plain
 
 import argparse
 import json
-import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
 import torch
 from drug_molecules import DRUG_SMILES
 from plain_model import PlainMoleBlendForPreTraining
 
+from memory import peak_memory
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 
 MIB = 2**20
@@ -81,21 +82,12 @@ class Step:
         return time.perf_counter() - start
 
 
-def peak_memory() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage on Linux includes the process that started this one
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
-
-
 def measure_memory(variant: str, dtype: str, batch_size: int, device: str) -> dict[str, float]:
     """Peak memory in MiB up to: imports and batch, weights with gradients and optimizer state, and the steps."""
     batch = make_batch(batch_size, device)
 
     def peak() -> float:
-        return torch.cuda.max_memory_allocated() / MIB if device == "cuda" else peak_memory()
+        return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()) / MIB
 
     imports = peak()
     step = Step(variant, batch, dtype)

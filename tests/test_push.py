@@ -90,6 +90,10 @@ SPOILED = {
         lambda folder: (folder / "training_settings.json").write_text(json.dumps({"a": "C:\\Users\\me"})),
         r"training_settings.json, line 1: the absolute path C:\\\\Users\\\\me.",
     ),
+    "path of Windows with slashes": (
+        lambda folder: append(folder / "README.md", "`--input C:/Users/me/data.csv`"),
+        r"README.md, line \d+: the absolute path C:/Users/me/data.csv.",
+    ),
     "token": (
         lambda folder: append(folder / "modeling_moleblend.py", f"TOKEN = 'hf_{'a1B2' * 8}'"),
         r"modeling_moleblend.py, line \d+: a token of the Hub. Remove it, and revoke it",
@@ -148,6 +152,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
         "a/b/c",
         "https://arxiv.org/abs/2307.06235",
         "1 km / h",
+        "http://host:80/a",
         "`training/finetune.py`",
         "and/or",
     ],
@@ -156,6 +161,8 @@ def test_what_only_looks_like_a_path_is_none(text):
     assert push_to_hub.ABSOLUTE_PATH.findall(text) == []
 
 
+# Of names that a checkpoint's files could have.
+MINE = ["mine.txt", "figure.png", "scripts/train_moleblend.py", "old/model.safetensors"]
 CASES = {
     "base": "AutoModel",
     "pretraining": "AutoModelForPreTraining",
@@ -163,7 +170,9 @@ CASES = {
     "atoms": "AutoModelForTokenClassification",
     "ensemble": "AutoModelForSequenceClassification",
 }
-PUSH = """
+PUSH = (
+    f"MINE = {MINE}"
+    + """
 import time
 time.sleep = lambda seconds: None  # between attempts
 from pathlib import Path
@@ -198,7 +207,8 @@ for name, model in models.items():
             broken.append(caught(push_to_hub.main, arguments))
             states.append(HfApi().list_repo_files("user/base"))
         HfApi().upload_file(path_or_fileobj=b"", path_in_repo="model-00001-of-00002.safetensors", repo_id="user/base")
-        HfApi().upload_file(path_or_fileobj=b"", path_in_repo="mine.txt", repo_id="user/base")
+        for mine in MINE:
+            HfApi().upload_file(path_or_fileobj=b"", path_in_repo=mine, repo_id="user/base")
     push_to_hub.main(arguments)
 answers = package.MoleBlendPipeline(model=models["ensemble"], feature_extractor=processor)(SMILES)
 torch.save(outputs, "outputs.pt")
@@ -214,6 +224,7 @@ errors = [
 errors += [caught(verify, f"other/{name}") for name in ("absent", "gated")]
 print(json.dumps({"broken": broken, "states": states, "verified": verified, "errors": errors}))
 """
+)
 LOAD = """
 import transformers
 from pathlib import Path
@@ -266,7 +277,7 @@ def test_exactly_the_checkpoint_is_pushed_in_one_commit(pushed):
         files = hub.files(f"user/{name}")
         belonging = {path.name: path.read_bytes() for path in push_to_hub.belonging(folder / name)}
         if name == "base":
-            assert files.pop("mine.txt") == b""
+            assert [files.pop(name) for name in MINE] == [b""] * len(MINE)
             belonging["README.md"] = files["README.md"]  # changed since
         else:
             assert hub.commits(f"user/{name}") == ["Upload checkpoint", "initial commit"]

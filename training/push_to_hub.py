@@ -22,10 +22,11 @@ from moleblend_hf.verification import FACTS_FILE, OUTPUTS_FILE, verify
 
 REQUIRED = ("README.md", "config.json", "preprocessor_config.json", FACTS_FILE, OUTPUTS_FILE)
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+WEIGHTS_INDEX = "model.safetensors.index.json"
 BELONGS = (
     *REQUIRED,
     *WEIGHTS,
-    "model.safetensors.index.json",
+    WEIGHTS_INDEX,
     "*_moleblend*.py",
     "training_settings.json",
     "metrics.json",
@@ -45,7 +46,7 @@ SECRETS = {
 }
 # Two parts or more, so that neither a URL nor the direction of a bond in a SMILES is one; or a drive of Windows.
 ABSOLUTE_PATH = re.compile(
-    r"""(?<![^\s"'`=(\[{,;|<>])(?:file://)?(?:/[A-Za-z][\w.+-]+(?:/[\w.+@-]+)+|[A-Za-z]:\\+\w[^\s"'`]*)"""
+    r"""(?<![^\s"'`=(\[{,;|<>])(?:file://)?(?:/[A-Za-z][\w.+-]+(?:/[\w.+@-]+)+|[A-Za-z]:[\\/]+\w[^\s"'`]*)"""
 )
 # What cards say where the name of the checkpoint is not known yet.
 PLACEHOLDER = "path/to/this/folder"
@@ -57,7 +58,11 @@ def belonging(folder: Path) -> list[Path]:
 
 
 def _belongs(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in BELONGS)
+    return _is_any(name, BELONGS)
+
+
+def _is_any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def problems(folder: Path) -> list[str]:
@@ -109,8 +114,8 @@ def text_problems(path: Path) -> Iterator[str]:
 def push(folder: Path, repo: str, private: bool = False, revision: str | None = None, create_pr: bool = False) -> str:
     """Push in one commit, so that a connection that breaks leaves nothing half there, and return its address.
 
-    What an earlier push left in the repository and is no longer part of the checkpoint is deleted in the same commit: of two
-    sets of weights, the loader could choose the old one.
+    Weights that an earlier push left in the repository and that are no longer part of the checkpoint are deleted in the same
+    commit: of two sets, the loader could choose the old one. Nothing else is.
     """
     api = HfApi()
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
@@ -120,7 +125,11 @@ def push(folder: Path, repo: str, private: bool = False, revision: str | None = 
         api.create_branch(repo, branch=revision, exist_ok=True)
     files = belonging(folder)
     names = {path.name for path in files}
-    stale = [name for name in api.list_repo_files(repo, revision=revision) if _belongs(name) and name not in names]
+    stale = [
+        name
+        for name in api.list_repo_files(repo, revision=revision)
+        if "/" not in name and _is_any(name, (*WEIGHTS, WEIGHTS_INDEX)) and name not in names
+    ]
     additions = [CommitOperationAdd(path.name, _content(path, repo)) for path in files]
     commit = api.create_commit(
         repo,
