@@ -32,6 +32,7 @@ import make_sample
 import pretrain
 import push_to_hub
 import release
+import reporting
 import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
 from rows import GraphTable, flat_graphs, graph_columns
@@ -351,6 +352,25 @@ def test_a_flag_wins_over_the_file_and_numbers_are_numbers(tmp_path):
     )
     assert (settings.max_steps, settings.learning_rate) == (7, 0.001)
     assert settings.model == {"hidden_size": 64, "num_hidden_layers": 2, "drop_path_rate": 0.5}
+    settings = pretrain.parse_args(["--config", str(config), "--model", "noise_std=2e-1", "hidden_act=gelu"])
+    assert settings.model == {"hidden_size": 64, "noise_std": 0.2, "hidden_act": "gelu"}  # YAML wants a point in it
+
+
+def test_a_card_names_no_place_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "data" / "qm9"
+    given = ["--dataset=/home/me/qm9", f"{here},/home/me/b", "data/qm9,../secret/c", "--model", "a=1,2", "C/C=C/C", 3]
+    assert reporting.without_places(given) == [
+        *("--dataset=qm9", "data/qm9,b", "data/qm9,c", "--model", "a=1,2", "C/C=C/C", 3),
+    ]
+
+
+def test_molecules_are_told_apart_by_inchikey_or_the_card_says_so(dataset, tmp_path):
+    rows = pq.read_table(SAMPLE_ROWS).slice(1000, 48).drop_columns("inchikey")
+    folder = run(write_dataset(tmp_path / "data", train=rows), tmp_path / "run")
+    assert "(no molecule in both, as far as their SMILES tell)" in (folder / "README.md").read_text()
+    folder = run(dataset, tmp_path / "other")
+    assert "(no molecule in both)" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -467,6 +487,49 @@ def test_checkpoints_of_another_run_are_neither_overwritten_nor_mistaken(finishe
         run(dataset, finished_run, "--resume", str(finished_run / "checkpoints" / "step-99"))
 
 
+def test_a_model_whose_checkpoints_are_gone_is_not_replaced_unasked(finished_run, dataset, tmp_path):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    for flags in ([], ["--resume", "auto"]):
+        with pytest.raises(FileExistsError, match=r"holds a model, and no checkpoints .* Replace it with --overwrite"):
+            run(dataset, tmp_path, *flags)
+
+
+def test_overwriting_deletes_the_old_checkpoints_once_the_new_run_can_begin(finished_run, dataset, tmp_path):
+    """Not before, so that a mistake costs nothing, and behind a link, too."""
+    shutil.copytree(finished_run / "checkpoints", tmp_path / "scratch")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(ValueError, match="batch_size is 1,000, but there are 40 training molecules"):
+        run(dataset, tmp_path / "run", "--overwrite", "--batch_size", "1000")
+    names = ["step-3", "step-6", "step-8"]
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == names
+    run(dataset, tmp_path / "run", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == ["step-2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoints_to_keep", "-1"], "checkpoints_to_keep must be 0 or more, got -1"),
+        (["--held_out_molecules", "0"], "held_out_molecules must be 1 or more, got 0"),
+        (["--max_grad_norm", "0"], r"max_grad_norm must be above 0 \(inf: do not clip\), got 0.0"),
+        (["--ema_decay", "1"], "ema_decay must be 0 or more and below 1, got 1.0"),
+        (["--mixed_precision", "fp16"], "fp16 needs a GPU: on a CPU it would be float32"),
+        (["--processor", "max_path_bonds=3"], "max_path_bonds is the model's: give it as --model"),
+        (["--trackers", "tensorboard,nosuch"], "The tracker 'nosuch' is not installed, or none of Accelerate's"),
+        (["--max_tokens", "10", "--max_pairs", "2", "--oversized", "skip"], "All held-out molecules are left out"),
+        (["--dataset", "data/nosuch"], "no folder 'data/nosuch', and a dataset of that name could not be had"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(dataset, tmp_path, flags, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(dataset, tmp_path, *flags)
+    with pytest.raises(ValueError, match="blend_per_molecule must be true"):
+        run(dataset, tmp_path, model=("blend_per_molecule=false",))
+
+
 def launched(
     dataset: Path, output_dir: Path, *flags: str, command: tuple[str, ...] = (), **options
 ) -> subprocess.Popen:
@@ -579,6 +642,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished_run, tmp_pa
         run_state.find_checkpoint(str(checkpoints / "step-8"), checkpoints)
     with pytest.raises(ValueError, match=r"holds step-6, step-8, which --resume auto would go on with .* Delete"):
         run_state.find_checkpoint(str(checkpoints / "step-3"), checkpoints)
+    shutil.copytree(checkpoints / "step-3", checkpoints / "step-3-best")  # a copy is none of the run's
+    assert run_state.find_checkpoint("auto", checkpoints) == checkpoints / "step-3"
     (checkpoints / "step-3" / "optimizer.bin").unlink()
     with pytest.raises(ValueError, match=r"Each checkpoint in .* is damaged. Start anew with --overwrite"):
         run_state.find_checkpoint("auto", checkpoints)
@@ -641,14 +706,58 @@ def test_a_step_whose_loss_is_not_finite_is_left_out(dataset, tmp_path, monkeypa
     assert all(math.isfinite(value) for row in metrics(folder) for value in row.values())
     assert all(torch.isfinite(value).all() for value in load_file(folder / "model.safetensors").values())
 
+    monkeypatch.setattr(pretrain, "drawn", draw)  # run again, it is left out no more
+    run(dataset, tmp_path, "--max_steps", "2", "--overwrite")
+    assert (folder / "left_out_steps.jsonl").read_text() == ""
+
+
+def test_what_is_behind_a_checkpoint_is_in_the_log_however_seldom_that_is_written(dataset, tmp_path, monkeypatch):
+    """A step that is left out between two lines of the log and before a stop is neither forgotten nor told twice."""
+    draw, calls = pretrain.drawn, []
+
+    def spoil_the_fifth(part, seeds, config):
+        calls.append(int(part["attention_mask"].sum()))  # one part a step, after the evaluation's one
+        found = draw(part, seeds, config)
+        return found | {"coordinate_noise": found["coordinate_noise"] * float("nan")} if len(calls) == 5 else found
+
+    monkeypatch.setattr(pretrain, "drawn", spoil_the_fifth)
+    monkeypatch.setattr(
+        pretrain.StopRequest, "reason", lambda self, step: "it was told to stop" if step == 6 else None
+    )
+    flags = ["--max_steps", "8", "--logging_steps", "4", "--warmup_steps", "0"]
+    run(dataset, tmp_path, *flags)
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run(dataset, tmp_path, *flags, "--resume", "auto")
+    assert [row["step"] for row in metrics(tmp_path) if "train/left_out" in row] == [5]
+    assert [json.loads(line)["step"] for line in (tmp_path / "left_out_steps.jsonl").open()] == [5]
+    assert [row["step"] for row in metrics(tmp_path) if "train/bond_path_loss" in row] == [4, 6, 8]
+    assert "| steps left out | 1 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_loss_without_targets_or_without_a_finite_value_has_no_line(dataset, tmp_path):
+    folder = run(dataset, tmp_path, "--logging_steps", "1", "--processor", "modality=2d")
+    rows = [row for row in metrics(folder) if "train/bond_path_loss" in row]
+    assert len(rows) == 2
+    assert not any("train/relative_position_loss" in row or "train/coordinate_denoising_loss" in row for row in rows)
+    assert "0 of\n  these with a geometry" in (folder / "README.md").read_text()
+
+
+def test_a_finished_run_is_evaluated_once_however_often_it_is_resumed(finished_run, dataset, tmp_path):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    flags = ["--max_steps", "8", "--checkpointing_steps", "3", "--logging_steps", "1", "--resume", "auto"]
+    run(dataset, tmp_path, *flags)
+    assert metrics(tmp_path) == metrics(finished_run)
+
 
 def test_too_many_bad_steps_in_a_row_end_the_run(dataset, tmp_path, monkeypatch):
     def spoil(self, parameters, *arguments):
         return torch.tensor(float("inf"))
 
     monkeypatch.setattr(accelerate.Accelerator, "clip_grad_norm_", spoil)
-    with pytest.raises(FloatingPointError, match=r"gradients of 4 steps in a row, up to step 4, were not finite"):
+    with pytest.raises(FloatingPointError, match=r"gradients of 4 steps in a row were not finite"):
         run(dataset, tmp_path, "--max_steps", "50", "--logging_steps", "2", "--max_left_out_steps", "4")
+    assert [json.loads(line)["step"] for line in (tmp_path / "left_out_steps.jsonl").open()] == [1, 2, 3, 4]
 
 
 def test_a_molecule_over_the_budget_is_an_error_or_left_out_and_counted(dataset, tmp_path):
@@ -673,6 +782,11 @@ def test_a_moving_average_of_the_weights_is_evaluated_saved_and_resumed(dataset,
         run(dataset, tmp_path / "resumed", *flags, "--resume", "auto", model=STILL) / "model.safetensors"
     )
     assert all(torch.equal(average[name], resumed[name]) for name in average)
+    files = {path.name for path in (whole / "checkpoints" / "step-2").iterdir()}
+    assert "average.safetensors" in files
+    assert not any(name.startswith("custom_checkpoint") for name in files)  # which Accelerate unpickles
+    with pytest.raises(ValueError, match=r"step-4' holds no moving average. Resume without ema_decay"):
+        run(dataset, plain, *flags, "--resume", "auto", model=STILL)
 
 
 def test_a_release_has_half_the_bytes_and_says_what_that_changes(finished_run, tmp_path, capsys):
@@ -697,6 +811,8 @@ def test_a_release_has_half_the_bytes_and_says_what_that_changes(finished_run, t
     assert "## Evaluation\n\n### Solubility\n\nAs good as its data.\n\n## Limits" in card
     assert "# MoleBLEND, moleblend-tiny" in card
     assert "Evaluation" not in (finished_run / "README.md").read_text()
+    with pytest.raises(SystemExit, match="--output is --folder"):
+        release.main(["--folder", str(folder), "--output", str(folder)])
 
 
 def test_what_the_log_says_of_each_window(finished_run):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.utils.data import Dataset
 
 from moleblend_hf import FlatGraphs, MoleBlendProcessor
@@ -47,6 +48,13 @@ class PreprocessedDataset:
             )
         return self.splits[name]
 
+    def has_inchikeys(self) -> bool:
+        """Whether each molecule of its parts has an InChIKey; by SMILES alone, one molecule in two spellings is two."""
+        return all(
+            "inchikey" in part.column_names and not column(part, "inchikey").null_count
+            for part in self.splits.values()
+        )
+
     def check(self, processor: MoleBlendProcessor) -> None:
         """Raise unless the graphs are those that this processor would make."""
         stored = self.about["processor"]
@@ -65,7 +73,13 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
     if not folder.is_dir():
         if str(name).count("/") != 1 or str(name).startswith((".", "/")):
             raise FileNotFoundError(f"There is no dataset folder {str(name)!r}. {_REMEDY}")
-        folder = Path(snapshot_download(str(name), repo_type="dataset", allow_patterns=["data/*", ABOUT]))
+        try:
+            folder = Path(snapshot_download(str(name), repo_type="dataset", allow_patterns=["data/*", ABOUT]))
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"There is no folder {str(name)!r}, and a dataset of that name could not be had from the Hub "
+                f"({type(error).__name__}). {_REMEDY}"
+            ) from error
     files = sorted((folder / "data").glob("*.parquet"))
     if not files or not (folder / ABOUT).is_file():
         missing = ABOUT if files else "data/*.parquet"

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -48,6 +49,15 @@ def check_may_be_emptied(folder: Path, overwrite: bool, **read: str) -> None:
             raise FileExistsError(
                 f"{folder} is not empty. Choose another --output_dir, or delete it with --overwrite."
             )
+
+
+def empty(folder: Path) -> None:
+    """Delete all that is in a folder, which may be a link to one; nothing if it is not there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def is_gzip(path: Path) -> bool:

@@ -74,19 +74,18 @@ class FiniteSteps:
         self._flags.append((step, bad))
 
     def left_out(self) -> list[int]:
-        """Steps left out since the last call.
-
-        Raises:
-            FloatingPointError: if too many came in a row.
-        """
+        """Steps left out since the last call."""
         if not self._flags:
             return []
         bad = torch.stack([flag for _, flag in self._flags]).tolist()
         steps = [step for (step, _), flag in zip(self._flags, bad, strict=True) if flag]
         self._flags.clear()
+        return steps
+
+    def check(self) -> None:
+        """Raise FloatingPointError if too many steps in a row were left out; reads the device, so called when the losses are."""
         if float(self._worst) >= self._limit:
             raise FloatingPointError(
-                f"The gradients of {int(self._worst)} steps in a row, up to step {steps[-1] if steps else '?'}, were not finite. "
-                "Lower the learning rate, or use bf16 or no mixed precision. The last checkpoint is as it was."
+                f"The gradients of {int(self._worst)} steps in a row were not finite. Lower the learning rate, or use bf16 or no "
+                "mixed precision. Their rows are in left_out_steps.jsonl; the last checkpoint is as it was."
             )
-        return steps

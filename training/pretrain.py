@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -29,7 +28,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    set_seed,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -39,12 +45,22 @@ from batches import StepBatches, cut, fitting, shared
 from compilation import keep_equal_sizes_apart
 from data import collate, open_together, training_and_held_out
 from evaluation import LOSSES, evaluate, held_out_results, run_figures
+from files import empty
 from guards import FiniteSteps, StopRequest, ignore_stop_signals
 from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProcessor
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
-from reporting import MetricsLog, Window, environment, plot_losses, read_metrics, without_places, write_card
+from reporting import (
+    MetricsLog,
+    Window,
+    environment,
+    keep_lines,
+    plot_losses,
+    read_metrics,
+    without_places,
+    write_card,
+)
 from run_state import checkpoints_in, find_checkpoint, independent_of_wrapping, load_checkpoint, save_checkpoint
 from settings import load_settings, setting
 
@@ -128,9 +144,16 @@ class PretrainingSettings:
         """Refuse what cannot work before anything is read or built."""
         if not self.dataset:
             raise ValueError("This recipe names no dataset. Give a folder that preprocess.py wrote with --dataset.")
-        for name in ("max_steps", "batch_size", "max_left_out_steps", "max_tokens", "max_pairs"):
+        for name in ("max_steps", "batch_size", "held_out_molecules", "max_left_out_steps", "max_tokens", "max_pairs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "checkpoints_to_keep", "num_workers", "weight_decay"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 (inf: do not clip), got {self.max_grad_norm}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be 0 or more and below 1, got {self.ema_decay}.")
         for name in ("logging_steps", "eval_steps", "checkpointing_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -139,6 +162,12 @@ class PretrainingSettings:
         known = [field.name for field in dataclasses.fields(MoleBlendConfig)]
         if unknown := sorted(set(self.model) - set(known)):
             raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in model. Known keys: {', '.join(known)}.")
+        if not self.model.get("blend_per_molecule", True):
+            raise ValueError(
+                "blend_per_molecule must be true: the draws of a molecule must not depend on the batch that it is in."
+            )
+        if "max_path_bonds" in self.processor:
+            raise ValueError("max_path_bonds is the model's: give it as --model max_path_bonds=N.")
 
     def that_shape_the_result(self) -> dict[str, Any]:
         """All settings but those that say where to write and how often to look.
@@ -185,11 +214,20 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(settings.output_dir)
     checkpoints = output_dir / "checkpoints"
     checkpoint = find_checkpoint(settings.resume, checkpoints)
-    if checkpoint is None and checkpoints_in(checkpoints) and not settings.overwrite:
-        raise FileExistsError(
-            f"{output_dir} holds checkpoints of another run. Continue it with --resume auto, start anew and delete them "
-            "with --overwrite, or choose another --output_dir."
-        )
+    if checkpoint is None and not settings.overwrite:
+        if checkpoints_in(checkpoints):
+            raise FileExistsError(
+                f"{output_dir} holds checkpoints of another run. Continue it with --resume auto, start anew and delete them "
+                "with --overwrite, or choose another --output_dir."
+            )
+        if (output_dir / "model.safetensors").exists():
+            raise FileExistsError(
+                f"{output_dir} holds a model, and no checkpoints to go on from. Replace it with --overwrite, or choose another "
+                "--output_dir."
+            )
+
+    if unavailable := sorted(set(settings.trackers) - {*map(str, get_available_trackers()), "all"}):
+        raise ValueError(f"The tracker {unavailable[0]!r} is not installed, or none of Accelerate's.")
 
     # split_batches: batch_size is that of all processes together, so the schedule advances once an optimizer step.
     accelerator = Accelerator(
@@ -201,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     device, num_processes = accelerator.device, accelerator.num_processes
     # Which `accelerate launch` may have chosen.
     settings = dataclasses.replace(settings, mixed_precision=accelerator.mixed_precision)
+    if settings.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: on a CPU it would be float32. Take --mixed_precision bf16 or no.")
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
@@ -208,11 +248,6 @@ def main(argv: list[str] | None = None) -> None:
             "are pickles, which run code when they are loaded. FSDP shards as it does: training/configs/accelerate/fsdp.yaml."
         )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if accelerator.is_main_process:
-        if checkpoint is None:
-            for old in (checkpoints, output_dir / "tensorboard"):
-                shutil.rmtree(old, ignore_errors=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
 
     # Data: memory-mapped rows; the held-out molecules are padded once.
     with accelerator.local_main_process_first():  # one process writes the cache of datasets, the others read it
@@ -220,11 +255,15 @@ def main(argv: list[str] | None = None) -> None:
     config = MoleBlendConfig(**settings.model)
     processor = dataset.processor(max_path_bonds=config.max_path_bonds, **settings.processor)
     dataset.check(processor)
+    # Shown distances alone, the weights that read the other relations get no gradient, for which processes must not wait.
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=processor.modality == "3d")
     budget = Budget.on(device.type, settings.max_tokens, settings.max_pairs)
     # Which molecules are trained on must not depend on the device. One that is over the budget is a part of its own.
     limit = Budget.on("cuda", settings.max_tokens, settings.max_pairs)
     training_rows, held_out_rows = training_and_held_out(dataset, settings.held_out_molecules, settings.split_seed)
     num_left_out = sum(fitting(rows, limit, settings.oversized) for rows in (training_rows, held_out_rows))
+    if not len(held_out_rows):
+        raise ValueError("All held-out molecules are left out as too large. Raise max_tokens and max_pairs.")
     padded = partial(collate, processor=processor)
     sizes = held_out_rows.sizes()
     held_out_parts = shared(cut(sizes, budget, num_processes), sizes, num_processes)[accelerator.process_index]
@@ -246,7 +285,6 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("ema_decay needs whole weights on each process, which FSDP shards. Leave it out.")
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).to(device)
         average.n_averaged = average.n_averaged.cpu()  # read at each step, which must not wait for the device
-        accelerator.register_for_checkpointing(average)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -267,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     # What the data are, not where they lie.
     identity = settings.that_shape_the_result() | {"dataset": dataset.about["content_sha256"]}
     if checkpoint is not None:
-        step = load_checkpoint(accelerator, checkpoint, identity)
+        step = load_checkpoint(accelerator, checkpoint, identity, average)
         if step > settings.max_steps:
             raise ValueError(f"{checkpoint} is at step {step}, beyond max_steps ({settings.max_steps}).")
     batches = StepBatches(
@@ -300,7 +338,14 @@ def main(argv: list[str] | None = None) -> None:
         "num_held_out": len(held_out_rows),
         "num_oversized": num_left_out,
         "largest_allowed": limit.largest(),
-        "num_with_coordinates": sum(rows.num_with_coordinates() for rows in (training_rows, held_out_rows)),
+        "num_with_coordinates": sum(rows.num_with_coordinates() for rows in (training_rows, held_out_rows))
+        if processor.modality != "2d"
+        else 0,
+        "has_inchikeys": dataset.has_inchikeys(),
+        # Nobody else has the path of a folder.
+        "dataset_names": [
+            Path(name).resolve().name if Path(name).exists() else name for name in settings.dataset or []
+        ],
         "corpora": dataset.about["corpora"],
         "num_processes": num_processes,
         "environment": environment(device),
@@ -315,6 +360,13 @@ def main(argv: list[str] | None = None) -> None:
         f"{budget.max_pairs:,} pairs\n"
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
+    left_out_steps = output_dir / "left_out_steps.jsonl"
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            for old in (checkpoints, output_dir / "tensorboard"):
+                empty(old)
+        keep_lines(left_out_steps, step)
     # A resumed run drops from its logs what was measured after the checkpoint.
     accelerator.init_trackers("moleblend", init_kwargs={"tensorboard": {"purge_step": step + 1}})
     log = MetricsLog(accelerator, output_dir / "metrics.jsonl", step)
@@ -333,11 +385,37 @@ def main(argv: list[str] | None = None) -> None:
             titled = ", ".join(f"{title} {metrics[name]:.3f}" for name, title in LOSSES.items() if name in metrics)
             progress.write(f"step {step:>6,} held out: {titled}")
 
-    def checkpoint_now() -> None:
-        save_checkpoint(accelerator, checkpoints, step, identity, settings.checkpoints_to_keep or None)
+    def record_training() -> dict[str, float]:
+        """Log what was trained since the last call, and return the losses; those that no step had are left out."""
+        totals, counts = accelerator.reduce(losses, "sum").tolist()
+        # Each process adds its share of a step, and counts the step.
+        values = {
+            name: total * num_processes / count
+            for name, total, count in zip(LOSSES, totals, counts, strict=True)
+            if count
+        }
+        losses.zero_()
+        log.write(
+            step,
+            {f"train/{name}": value for name, value in values.items()}
+            | {"train/learning_rate": scheduler.get_last_lr()[0]}
+            | {f"train/{name}": value for name, value in window.closed(settings.batch_size, device).items()},
+        )
+        for bad in finite.left_out():
+            rows = training_rows.indices[batches.batch(bad - 1, batches.order((bad - 1) // batches.steps_per_epoch))]
+            log.write(bad, {"train/left_out": 1.0})
+            if accelerator.is_main_process:
+                with left_out_steps.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": bad, "rows": rows.tolist()}) + "\n")
+                progress.write(f"step {bad:>6,} left out: its gradient is not finite. Its rows: {left_out_steps}")
+        finite.check()
+        return values
 
     started = time.perf_counter()
-    if checkpoint is None or step == settings.max_steps:
+    is_due = step % settings.eval_steps == 0 or step == settings.max_steps
+    if is_due and not log.has(
+        step, "held_out/"
+    ):  # what ended a run may have come between a checkpoint and its evaluation
         evaluate_and_record()
     losses, window, reason = torch.zeros(2, len(LOSSES), device=device), Window(), None  # sums, and of how many steps
     model.train()
@@ -355,9 +433,8 @@ def main(argv: list[str] | None = None) -> None:
             draws.append(drawn(part, seeds.to(device, non_blocking=True), config))
             targets += count_targets(part, draws[-1]["atom_modality_ids"], config)
         # The gradients of the processes are averaged, and those of the parts added: so this is the mean over the step.
-        num_targets, scale = None, 1 / len(parts)
-        if settings.loss_mean == "step":
-            num_targets, scale = accelerator.reduce(targets, "sum"), num_processes
+        targets = accelerator.reduce(targets, "sum")
+        num_targets, scale = (targets, num_processes) if settings.loss_mean == "step" else (None, 1 / len(parts))
         of_step = torch.zeros(len(LOSSES), device=device)
         for index, (part, draw) in enumerate(zip(parts, draws, strict=True)):
             is_last = index == len(parts) - 1
@@ -365,8 +442,8 @@ def main(argv: list[str] | None = None) -> None:
                 outputs = model(**part, **draw, num_targets=num_targets)
                 accelerator.backward(outputs.loss * scale)
             of_step += torch.stack([outputs[name].detach() for name in LOSSES]) * scale / num_processes
-        is_finite = of_step.isfinite()
-        losses += torch.stack([torch.where(is_finite, of_step, 0.0), is_finite])
+        counts = of_step.isfinite() & (targets > 0)
+        losses += torch.stack([torch.where(counts, of_step, 0.0), counts])
         finite.before_step(step + 1, accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
         optimizer.step()
         scheduler.step()
@@ -376,36 +453,18 @@ def main(argv: list[str] | None = None) -> None:
 
         step += 1
         progress.update()
-        is_logged = step % settings.logging_steps == 0 or step == settings.max_steps
-        if is_logged:
-            totals, counts = accelerator.reduce(losses, "sum")
-            # Each process adds its share of a step, and counts the step.
-            means = totals / (counts / num_processes).clamp(min=1)
-            values = dict(zip(LOSSES, means.tolist(), strict=True))
-            log.write(
-                step,
-                {f"train/{name}": value for name, value in values.items()}
-                | {"train/learning_rate": scheduler.get_last_lr()[0]}
-                | {f"train/{name}": value for name, value in window.closed(settings.batch_size, device).items()},
-            )
-            for bad in finite.left_out():
-                rows = training_rows.indices[
-                    batches.batch(bad - 1, batches.order((bad - 1) // batches.steps_per_epoch))
-                ]
-                log.write(bad, {"train/left_out": 1.0})
-                if accelerator.is_main_process:
-                    with (output_dir / "left_out_steps.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"step": bad, "rows": rows.tolist()}) + "\n")
-                    progress.write(f"step {bad:>6,} left out: its gradient is not finite. Its rows: {file.name}")
-            titled = ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in values.items())
-            progress.set_postfix_str(f"{window.rate:.0f} molecules/s, {titled}")
-            losses.zero_()
         reason = stop.reason(step)
+        is_saved = step % settings.checkpointing_steps == 0 or step == settings.max_steps or reason is not None
+        if is_saved or step % settings.logging_steps == 0:  # what a checkpoint is behind, its log has
+            titled = ", ".join(f"{LOSSES[name]} {value:.3f}" for name, value in record_training().items())
+            progress.set_postfix_str(f"{window.rate:.0f} molecules/s, {titled}")
         with window.paused():  # molecules/s is that of training alone
+            if is_saved:  # before anything that takes time: who asked to stop may not wait
+                save_checkpoint(
+                    accelerator, checkpoints, step, identity, average, settings.checkpoints_to_keep or None
+                )
             if step % settings.eval_steps == 0 or step == settings.max_steps:
                 evaluate_and_record()
-            if step % settings.checkpointing_steps == 0 or step == settings.max_steps or reason:
-                checkpoint_now()
     progress.close()
     stop.restore()
 

@@ -37,6 +37,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the folder, and say what the rounding changed."""
     args = parse_args(argv)
+    if args.output.resolve() == args.folder.resolve():
+        raise SystemExit("--output is --folder. Name another folder: the weights that were trained stay as they are.")
     report = verify(args.folder)
     if not report.ok:
         raise SystemExit(str(report))

@@ -2,10 +2,8 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import resource
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +15,11 @@ import jinja2
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.figure import Figure
+
+from memory import peak_memory
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 
@@ -30,10 +31,15 @@ class MetricsLog:
         """Of a file that is there, keep the lines up to `first_step`: a resumed run measures the others again."""
         self.accelerator, self.path = accelerator, path
         if accelerator.is_main_process:
-            kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            partial.replace(path)
+            keep_lines(path, first_step)
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether there are measurements of a step whose names begin so; the same answer for every process."""
+        here = (
+            [row for row in read_metrics(self.path) if row["step"] == step] if self.accelerator.is_main_process else []
+        )
+        found = [any(name.startswith(prefix) for row in here for name in row)]
+        return bool(broadcast_object_list(found)[0])
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the measurements of a step."""
@@ -41,6 +47,14 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Keep the lines of a file like `metrics.jsonl` up to a step; none of a run that begins. An empty file is made if there is none."""
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step] if last_step else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -58,7 +72,8 @@ def plot_losses(rows: list[dict[str, float]], losses: dict[str, str], path: Path
             axes.plot(*zip(*points, strict=True), label=label, **style) if points else None
         axes.set(title=title, xlabel="optimizer steps", ylabel="loss")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -106,7 +121,7 @@ class Window:
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = peak_memory()
         measured = {
             "molecules_per_second": self.rate,
             "data_wait_share": self._waited / seconds,
@@ -143,18 +158,26 @@ def _processor() -> str:
 
 
 def without_places(value: Any) -> Any:
-    """`value`, also nested, with the absolute paths in it relative to the working directory, or else their last part.
+    """`value`, also nested, with the paths in it that are absolute or climb relative to the working directory, or else their last part.
 
-    A card and its files are read elsewhere, where the folders of this machine mean nothing.
+    A card and its files are read elsewhere, where the folders of this machine mean nothing. Of text, what stands between commas is
+    looked at, and what follows `--flag=` or `key=`.
     """
     if isinstance(value, Mapping):
         return {key: without_places(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(item) for item in value]
-    if isinstance(value, str) and os.path.isabs(value):
-        path = Path(value)
-        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
-    return value
+    if not isinstance(value, str):
+        return value
+    key, equals, rest = value.partition("=") if re.match(r"[\w-]+=", value) else ("", "", value)
+    return key + equals + ",".join(map(_without_place, rest.split(",")))
+
+
+def _without_place(text: str) -> str:
+    path = Path(text)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return path.name if path.is_absolute() or ".." in path.parts else text
 
 
 def versions(*packages: str) -> dict[str, str | None]:
@@ -183,8 +206,7 @@ def write_card(
     path: Path, model_name: str, settings: Mapping[str, Any], results: Mapping[str, Any], **values: Any
 ) -> None:
     """Write the model card; the last figures of the held-out molecules are its model-index."""
-    # Nobody else has the path of a folder.
-    names = [Path(name).resolve().name if Path(name).exists() else name for name in settings["dataset"]]
+    names = values["dataset_names"]
     dataset = " + ".join(names)
     metadata = ModelCardData(
         library_name="transformers",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
 logger = get_logger(__name__)
 
 STATE_FILE = "run_state.json"
+AVERAGE_FILE = "average.safetensors"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, settings: dict[str, Any], to_keep: int | None = None
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    settings: dict[str, Any],
+    average: AveragedModel | None = None,
+    to_keep: int | None = None,
 ) -> None:
-    """Save model, optimizer, schedule and random states as `folder/step-N`; called by every process.
+    """Save model, average, optimizer, schedule and random states as `folder/step-N`; called by every process.
 
     The folder gets its name only when everything in it is on the disk, with the hash of each file, so that what has the name
     can be resumed from, and what was damaged since is noticed. Accelerate writes safetensors, and for optimizer, schedule
-    and random states files that it reads with `weights_only=True`: nothing in them is executed.
+    and random states files that it reads with `weights_only=True`: nothing in them is executed. What is registered with it for
+    checkpointing it unpickles, so the average is not.
     """
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     if accelerator.is_main_process:
@@ -34,6 +44,8 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if average is not None:
+            save_file(average.state_dict(), partial / AVERAGE_FILE)
         state = {
             "step": step,
             "num_processes": accelerator.num_processes,
@@ -72,7 +84,8 @@ def _sync_folder(folder: Path) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if (path / STATE_FILE).is_file()), key=_step)
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))  # and no copies
+    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -137,12 +150,18 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     return Path(resume)
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, Any]) -> int:
+def load_checkpoint(
+    accelerator: Accelerator, path: Path, settings: dict[str, Any], average: AveragedModel | None = None
+) -> int:
     """Restore what `save_checkpoint` saved into the prepared objects and return the step; says what is not as it was."""
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     now, then = settings | {"num_processes": accelerator.num_processes}, state["settings"] | state
     changed = [f"{key} {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
     if changed:
         logger.warning(f"Resuming with other settings, so not as if never interrupted: {'; '.join(changed)}.")
+    if average is not None:
+        if not (path / AVERAGE_FILE).is_file():
+            raise ValueError(f"The checkpoint {str(path)!r} holds no moving average. Resume without ema_decay.")
+        average.load_state_dict(load_file(path / AVERAGE_FILE))
     accelerator.load_state(str(path))
     return int(state["step"])

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,12 @@ def _key_values(name: str, pairs: list[str]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
+def _number(value: Any) -> Any:
+    """A number for text like 1e-5 or 2e-1, which YAML takes for text where it has no point."""
+    is_one = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_one else value
+
+
 def _converted(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's declared type; YAML reads 1e-5 as text and flags are text, so numbers are parsed here."""
     if isinstance(hint, types.UnionType):
@@ -112,7 +119,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is dict:
         if value is None or isinstance(value, dict):
-            return value or {}
+            return {key: _number(item) for key, item in (value or {}).items()}
     elif typing.get_origin(hint) is list:
         # A flag gives A,B, or nothing between quotes for none; a file gives a list.
         items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
