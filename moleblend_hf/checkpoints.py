@@ -45,6 +45,11 @@ def open_checkpoint(
     model_class = class_of(config, model)
     given = {name: value for name, value in settings.items() if value is not None}
     processor = AutoFeatureExtractor.from_pretrained(model, revision=revision, **given)
+    if given.get("num_conformers", 1) > 1 and processor.modality not in ("3d", "2d+3d"):
+        raise ValueError(
+            f"num_conformers is {given['num_conformers']}, but with modality={processor.modality!r} none are made. Say modality "
+            "2d+3d or 3d, too."
+        )
     if processor.max_path_bonds != config.max_path_bonds:
         raise ValueError(
             f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "

@@ -14,6 +14,7 @@
 """Command line: what a checkpoint is, whether it is what it was, and what it says about molecules."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -184,7 +185,7 @@ def embed(
         keep_lowest_layers(embedder.model, layers)
     rows = read_molecules(input, format, smiles_column, id_column)
     what, column = ("atom_embeddings", "[vector]") if atoms else ("molecule_embedding", "vector")
-    columns = {"atom_embeddings" if atoms else "embedding": column}
+    columns = [("atom_embeddings" if atoms else "embedding", column)]
     _answer(embedder, rows, what, columns, output, overwrite)
 
 
@@ -353,9 +354,11 @@ def _facts(model: str, revision: str | None) -> dict[str, Any]:
     if config.model_type == "moleblend_ensemble":
         facts["members"] = config.num_members
     if "Classification" in model_class.__name__:
-        facts["problem"] = prediction_type(config)
         facts["predicts for"] = "atoms" if "Token" in model_class.__name__ else "molecules"
-        facts |= _targets(config)
+        try:
+            facts |= {"problem": prediction_type(config)} | _targets(config)
+        except ValueError:  # several outputs, of which only labels tell what they are
+            facts |= {"problem": "not in the config", "outputs": ", ".join(target_names(config))}
     hidden = ("auto_map", "feature_extractor_type", "processor_class")
     return facts | {"processor": {name: value for name, value in processor.items() if name not in hidden}}
 
@@ -383,46 +386,46 @@ def _targets(config: Any) -> dict[str, Any]:
 # What it says about molecules
 
 
-def _prediction_columns(predictor: MoleBlendPipeline) -> dict[str, str]:
+def _prediction_columns(predictor: MoleBlendPipeline) -> list[tuple[str, str]]:
     """Names and kinds of what is predicted: known before the first molecule is read."""
     config, processor = predictor.model.config, predictor.feature_extractor
     problem_type, names = prediction_type(config), target_names(config)
     is_classes = problem_type == "single_label_classification"
     quantiles = [None] * len(names) if is_classes else (config.conformal_quantiles or [None] * len(names))
-    columns: dict[str, str] = {}
+    columns: list[tuple[str, str]] = []
     for name, quantile in zip(names, quantiles, strict=True):
-        columns[name] = "number"
+        columns.append((name, "number"))
         if getattr(config, "num_members", 1) > 1:
-            columns[f"{name}_ensemble_spread"] = "number"
+            columns.append((f"{name}_ensemble_spread", "number"))
         if processor.num_conformers > 1 and processor.modality in ("3d", "2d+3d"):
-            columns[f"{name}_conformer_spread"] = "number"
+            columns.append((f"{name}_conformer_spread", "number"))
         if quantile is not None and problem_type == "regression":
-            columns |= {f"{name}_lower": "number", f"{name}_upper": "number"}
+            columns += [(f"{name}_lower", "number"), (f"{name}_upper", "number")]
         elif quantile is not None:
-            columns[f"{name}_set"] = "text"
+            columns.append((f"{name}_set", "text"))
     if is_classes:
-        columns["prediction"] = "text"
+        columns.append(("prediction", "text"))
         if config.conformal_quantiles:
-            columns["prediction_set"] = "text"
+            columns.append(("prediction_set", "text"))
     of_atoms = type(predictor.model).__name__.endswith("ForTokenClassification")
-    return {name: f"[{kind}]" for name, kind in columns.items()} if of_atoms else columns
+    return [(name, f"[{kind}]") for name, kind in columns] if of_atoms else columns
 
 
 def _answer(
     predictor: MoleBlendPipeline,
     rows: Iterator[MoleculeRow],
     what: str,
-    columns: dict[str, str],
+    predicted: list[tuple[str, str]],
     output: str,
     overwrite: bool,
 ) -> None:
     """Writes a row for each molecule, and says on standard error how many there were."""
-    own = dict.fromkeys(("id", "smiles", "modality", "error"), "text")
-    if both := [name for name in own if name in columns]:
+    all_columns = [("id", "text"), ("smiles", "text"), *predicted, ("modality", "text"), ("error", "text")]
+    columns = dict(all_columns)
+    if both := [name for name, times in Counter(name for name, _ in all_columns).items() if times > 1]:
         raise ValueError(
             f"The output would have two columns {both[0]!r}. Rename the target in `id2label` of config.json."
         )
-    columns = {"id": "text", "smiles": "text", **columns, "modality": "text", "error": "text"}
     counts = {"rows": 0, "errors": 0}
     with row_writer(output, columns, overwrite) as write, tqdm(unit=" molecules", disable=None) as progress:
         while batch := list(islice(rows, MOLECULES_A_BATCH)):
@@ -462,8 +465,10 @@ def _cells(answer: dict[str, Any], what: str) -> dict[str, Any]:
         cells |= {name if key == "value" else f"{name}_{key}": value for key, value in told.items()}
         if "prediction_set" in told:
             cells[f"{name}_set"] = _joined(told["prediction_set"])
-    cells["prediction"] = answer.get("prediction")
-    cells["prediction_set"] = _joined(answer["prediction_set"]) if "prediction_set" in answer else None
+    if "prediction" in answer:
+        cells["prediction"] = answer["prediction"]
+    if "prediction_set" in answer:
+        cells["prediction_set"] = _joined(answer["prediction_set"])
     if not all(np.isfinite(np.array(told["value"], dtype=float)).all() for told in predictions.values()):
         cells["error"] = "got a prediction that is not finite"
     return cells

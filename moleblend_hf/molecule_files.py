@@ -16,6 +16,7 @@
 import csv
 import gzip
 import io
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, Protocol, TextIO
 import numpy as np
 from rdkit import Chem, rdBase
 
-from .molecules_moleblend import MoleculeError, parse_sdf_record, sdf_records
+from .molecules_moleblend import RDKIT_ERRORS, MoleculeError, parse_sdf_record, sdf_records
 
 STANDARD_STREAM = "-"
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -82,6 +83,8 @@ def read_molecules(
         return
     if format not in DELIMITERS and smiles_column is not None:
         raise ValueError(f"A file of the format {format!r} has no column {smiles_column!r}. Leave its name out.")
+    if format == "smi" and id_column is not None:
+        raise ValueError(f"A file of the format 'smi' has no column {id_column!r}: names stand behind the SMILES.")
     num_rows = 0
     with _opened(path) as lines:
         if format == "smi":
@@ -130,10 +133,11 @@ def _opened(path: str) -> Iterator[TextIO]:
 def _read_smiles(lines: Iterable[str]) -> Iterator[MoleculeRow]:
     row = 0
     for line in lines:
-        smiles, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
-        if not smiles or (row == 0 and smiles.lower() == "smiles"):
+        text = line.rstrip()  # what stands before a first tab may be nothing, and is the SMILES all the same
+        smiles, _, name = text.partition("\t") if "\t" in text else text.lstrip().partition(" ")
+        smiles, name = smiles.strip(), name.lstrip()
+        if not text or (row == 0 and smiles.lower() == "smiles"):
             continue
-        name = name.lstrip()
         if name.startswith("|"):  # a CXSMILES extension belongs to the SMILES although there is a space before it
             extension, bar, name = name[1:].partition("|")
             smiles = f"{smiles} |{extension}{bar}"
@@ -164,7 +168,8 @@ def _read_table(
             yield MoleculeRow(str(row), None, MoleculeError(f"cannot be read: {error}", "csv", "Fix its quotes"))
             row += 1
             continue
-        if len(cells) < 2 and not any(cell.strip() for cell in cells):  # a blank line
+        # A blank line; of one column, an empty cell is written as "" to be none.
+        if not cells or (len(cells) == 1 and cells != [""] and not cells[0].strip()):
             continue
         if len(cells) != len(header):
             reason = f"is in a row with {len(cells)} cells under {len(header)} columns"
@@ -210,7 +215,7 @@ def _guess_smiles(header: list[str]) -> str:
 
 
 def _read_sdf(lines: Iterable[str], id_column: str | None) -> Iterator[MoleculeRow]:
-    for row, record in enumerate(sdf_records(line.replace("\r\n", "\n") for line in lines)):
+    for row, record in enumerate(sdf_records(re.sub("\r\n?", "\n", line) for line in lines)):
         if isinstance(record, MoleculeError):
             yield MoleculeRow(str(row), None, record)
             continue
@@ -224,7 +229,12 @@ def _read_sdf(lines: Iterable[str], id_column: str | None) -> Iterator[MoleculeR
         if id_column is not None:
             identifier = molecule.GetProp(id_column) if molecule.HasProp(id_column) else ""
         values = {name: molecule.GetProp(name) for name in molecule.GetPropNames()}
-        yield MoleculeRow(identifier or str(row), Chem.MolToSmiles(Chem.RemoveHs(molecule)), molecule, values)
+        try:
+            with rdBase.BlockLogs():
+                smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule))
+        except RDKIT_ERRORS:  # the processor rejects it, with the reason
+            smiles = None
+        yield MoleculeRow(identifier or str(row), smiles, molecule, values)
 
 
 # Writing

@@ -184,6 +184,33 @@ def test_a_row_of_empty_cells_is_a_row_and_a_blank_line_is_none(models):
     ]  # fmt: skip
 
 
+def test_an_empty_cell_of_a_single_column_is_a_row(models):
+    """As pandas writes it: a blank line would be none."""
+    text = 'smiles\nC\n""\n\nCC\n'
+    rows = rows_of(moleblend("predict", models / "finetune", "--format", "csv", stdin=text))
+    assert [(row["id"], row["smiles"], bool(row["error"])) for row in rows] == [
+        ("0", "C", False), ("1", "", True), ("2", "CC", False)
+    ]  # fmt: skip
+
+
+def test_a_name_without_a_smiles_is_not_taken_for_one(models):
+    rows = rows_of(moleblend("predict", models / "finetune", stdin="\tCN\n CCO\tb\t\n"))
+    assert [(row["id"], row["smiles"], bool(row["error"])) for row in rows] == [("CN", "", True), ("b", "CCO", False)]
+
+
+def test_records_that_rdkit_reads_but_not_twice_or_not_at_all_stay_in_their_place(models, tmp_path):
+    """Of a conjugated ring with a bond of any order, RDKit removes no hydrogens; after the last `$$$$` stands what old DOS ended files with."""
+    block = Chem.MolToMolBlock(Chem.MolFromSmiles("N1C=NC=O1", sanitize=False)).replace("  5  1  1", "  5  1  8")
+    ends = sdf_text(["CCO", "CCN"]).split("$$$$\n")
+    path = tmp_path / "in.sdf"
+    path.write_text(f"{ends[0]}$$$$\n{block}$$$$\n{ends[1]}$$$$\n\x1a")
+    rows = rows_of(moleblend("predict", models / "finetune", path))
+    assert [bool(row["error"]) for row in rows] == [False, True, False, True]
+    assert "is cut short: it holds no molecule" in rows[3]["error"]
+    path.write_bytes(sdf_text(["CCO", "CCN"]).replace("\n", "\r").encode())  # as of old Macintoshes
+    assert [row["smiles"] for row in rows_of(moleblend("predict", models / "finetune", path))] == ["CCO", "CCN"]
+
+
 @pytest.mark.parametrize("name", ["cut.csv.gz", "cut.smi.gz"])
 def test_a_damaged_file_gives_the_rows_before_and_says_so(models, tmp_path, name):
     molecules = ["C" * (1 + index * 7919 % 23) + "N" * (index % 5) for index in range(400)]
@@ -295,6 +322,9 @@ def test_errors_are_a_line_and_leave_no_file(models, tmp_path):
     assert "No such file" in error_of("predict", finetune, tmp_path / "in.csv", "-o", output)
     assert "does not end in .csv or .parquet" in error_of("predict", finetune, "-o", "out.xlsx", stdin="C")
     assert "has no column 'x'. Leave" in error_of("predict", finetune, "--smiles-column", "x", stdin="C")
+    assert "has no column 'x': names stand" in error_of("predict", finetune, "--id-column", "x", stdin="C")
+    conformers = error_of("predict", finetune, "--num-conformers", "2", stdin="C")
+    assert "num_conformers is 2, but with modality='auto' none are made. Say modality 2d+3d" in conformers
     table = ["predict", finetune, "--format", "csv", "-o", output]
     assert "There is no column 'x'. The columns: 'a', 'b'" in error_of(*table, "--smiles-column", "x", stdin="a,b\n")
     assert "No column can be told to hold the SMILES" in error_of(*table, stdin="a,b\n")
@@ -321,6 +351,14 @@ def test_checkpoints_that_are_none_are_an_error(models, tmp_path):
     assert "tells 3 bonds of a path apart, but its model 5" in error_of("predict", tmp_path / "part", stdin="C")
     saved(regression(id2label={0: "error", 1: "b"}, label2id={"error": 0, "b": 1}), tmp_path / "named")
     assert "would have two columns 'error'" in error_of("predict", tmp_path / "named", stdin="C")
+    saved(regression(id2label={0: "a", 1: "a_lower"}, label2id={"a": 0, "a_lower": 1}), tmp_path / "end")
+    assert "would have two columns 'a_lower'" in error_of("predict", tmp_path / "end", stdin="C")
+
+
+def test_a_target_may_be_called_prediction(models, tmp_path):
+    saved(regression(id2label={0: "prediction", 1: "b"}, label2id={"prediction": 0, "b": 1}), tmp_path)
+    (row,) = rows_of(moleblend("predict", tmp_path, stdin="CCO"))
+    assert float(row["prediction"]) == pytest.approx(expected(tmp_path, ["CCO"])[0, 0], abs=1e-6)
 
 
 def test_only_errors_is_a_failure(models):
@@ -369,7 +407,7 @@ def test_the_demo_is_launched_with_what_was_asked_for(models, tmp_path, monkeypa
 # Checkpoints
 
 
-def test_info_says_what_a_checkpoint_is(models):
+def test_info_says_what_a_checkpoint_is(models, tmp_path):
     found = json.loads(moleblend("info", models / "finetune", "--json").stdout)
     assert found["class"] == "MoleBlendForSequenceClassification"
     assert found["parameters"] == regression().num_parameters()
@@ -384,6 +422,9 @@ def test_info_says_what_a_checkpoint_is(models):
     assert "classes: low, mid, high\n" in moleblend("info", models / "classes").stdout
     assert "predicts for: atoms\n" in moleblend("info", models / "atoms").stdout
     assert "targets" not in json.loads(moleblend("info", models / "pretrain", "--json").stdout)
+    saved(MoleBlendForSequenceClassification(tiny_config(num_labels=2)), tmp_path)
+    untold = json.loads(moleblend("info", tmp_path, "--json").stdout)
+    assert (untold["problem"], untold["outputs"]) == ("not in the config", "LABEL_0, LABEL_1")
 
 
 def test_verify_tells_a_changed_checkpoint_by_its_exit_code(models, tmp_path):
