@@ -23,6 +23,8 @@ import os
 import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -31,13 +33,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont  # comes with RDKit
-from rdkit import Chem
+from rdkit import Chem, rdBase
 from rdkit.Chem.Draw import rdMolDraw2D
 
 from .graphs_moleblend import MolecularGraph
 from .modeling_moleblend import MoleBlendForSequenceClassification
 from .modeling_moleblend_ensemble import MoleBlendEnsembleForSequenceClassification
-from .molecules_moleblend import FeaturizationSettings, describe_molecule, parse_molecule
+from .molecules_moleblend import FeaturizationSettings, MoleculeError, describe_molecule, parse_molecule
 from .processing_moleblend import MoleBlendProcessor
 from .targets_moleblend import problem_type_of
 
@@ -119,8 +121,8 @@ def _column(config: Any, target: int | str) -> int:
     names = [config.id2label[index] for index in range(config.num_labels)]
     if target in names:
         return names.index(str(target))
-    if isinstance(target, int) and 0 <= target < len(names):
-        return target
+    if isinstance(target, Integral) and 0 <= target < len(names):
+        return int(target)
     listed = textwrap.shorten(", ".join(f"{index}: {name}" for index, name in enumerate(names)), 300)
     raise ValueError(f"`target` is {target!r}, but the model predicts {listed}. Pass one of these indices or names.")
 
@@ -150,12 +152,12 @@ def _attributions(
         atoms = torch.arange(graph.num_atoms, device=atom_features.device)[None, :, None]
         ablation = LayerFeatureAblation(output, layer)
         falls = ablation.attribute(**inputs, layer_baselines=0, layer_mask=atoms, perturbations_per_eval=at_once)
-        return falls[0, :, 0].double().detach().cpu().numpy()  # the same for each element of an atom's embedding
+        return falls[0, :, 0].detach().cpu().double().numpy()  # the same for each element of an atom's embedding
     gradients = LayerIntegratedGradients(output, layer)
     parts = gradients.attribute(
         **inputs, baselines=torch.zeros_like(atom_features), n_steps=steps, internal_batch_size=at_once
     )
-    attributions = parts[0].detach().double().sum(-1).cpu().numpy()
+    attributions = parts[0].detach().cpu().double().sum(-1).numpy()
     _warn_if_incomplete(attributions, output, layer, inputs)
     return attributions
 
@@ -223,8 +225,7 @@ def mol_with_atoms(molecule: Any, num_atoms: int) -> Chem.Mol:
     """Returns the RDKit molecule of which these are the atoms, whatever the processor does with hydrogens."""
     counts = {}
     for hydrogens in ("drop", "keep", "add"):
-        settings = FeaturizationSettings(modality="2d", hydrogens=hydrogens, bonds="determine", max_atoms=MAX_ATOMS)
-        mol = parse_molecule(molecule, None, settings).mol
+        mol = _parsed(molecule, hydrogens)
         if mol.GetNumAtoms() == num_atoms:
             return mol
         counts[hydrogens] = mol.GetNumAtoms()
@@ -232,6 +233,22 @@ def mol_with_atoms(molecule: Any, num_atoms: int) -> Chem.Mol:
         f"There are {num_atoms} attributions, but {describe_molecule(molecule)} has {counts['drop']} atoms without hydrogens, "
         f"{counts['keep']} with those that are written and {counts['add']} with all. Pass the attributions of this molecule."
     )
+
+
+def _parsed(molecule: Any, hydrogens: str) -> Chem.Mol:
+    """The molecule, of a pair without bonds where RDKit determines none."""
+    settings = FeaturizationSettings(modality="2d", hydrogens=hydrogens, bonds="determine", max_atoms=MAX_ATOMS)
+    try:
+        with rdBase.BlockLogs():
+            try:
+                return parse_molecule(molecule, None, settings).mol
+            except MoleculeError as error:
+                if error.stage != "bonds":
+                    raise
+                return parse_molecule(molecule, None, replace(settings, modality="3d", bonds=None)).mol
+    except MoleculeError as error:
+        error.molecule = describe_molecule(molecule)
+        raise
 
 
 def _color(shade: float) -> tuple[float, ...]:

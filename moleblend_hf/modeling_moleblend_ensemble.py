@@ -36,6 +36,7 @@ NOT_SHARED = (
     "auto_map",
     "conformal_coverage",
     "conformal_quantiles",
+    "custom_pipelines",
     "dtype",
     "model_type",
     "transformers_version",

@@ -20,6 +20,7 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .molecules_moleblend import MoleculeError
 from .prediction_moleblend import (
     GraphMemoryError,
     Predictions,
@@ -107,10 +108,10 @@ class MoleBlendPipeline(Pipeline):
 
     def preprocess(self, input_: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns the graph of a molecule, or why there is none; graphs are padded when their batch is known."""
-        graphs = self.feature_extractor.featurize_many([input_], on_error="skip")
-        if graphs:
-            return {"graph": graphs[0], "error": None}
-        return {"graph": None, "error": self.feature_extractor.rejected[0].reason}
+        try:
+            return {"graph": self.feature_extractor.featurize(input_), "error": None}
+        except MoleculeError as error:  # which is this molecule's, whatever other threads featurize
+            return {"graph": None, "error": error.reason}
 
     def _forward(self, input_tensors: dict[str, Any], output: str = "prediction") -> Any:  # type: ignore[override]
         graphs, errors = input_tensors["graph"], input_tensors["error"]

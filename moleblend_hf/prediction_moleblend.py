@@ -92,12 +92,13 @@ def predict_graphs(
 
     def read(outputs: Any, batch: Sequence[MolecularGraph]) -> list[np.ndarray]:
         logits = outputs.get("member_logits")
-        logits = (outputs.logits.unsqueeze(0) if logits is None else logits).double()
+        # On the CPU, since Apple's GPUs have no float64.
+        logits = (outputs.logits.unsqueeze(0) if logits is None else logits).cpu().double()
         if problem_type == "multi_label_classification":
             logits = logits.sigmoid()
         elif problem_type == "single_label_classification":
             logits = logits.softmax(-1)
-        logits = logits.cpu().numpy()  # (M, B, T), of atoms (M, B, N, T)
+        logits = logits.numpy()  # (M, B, T), of atoms (M, B, N, T)
         of_atoms = logits.ndim == 4
         return [logits[:, row, : graph.num_atoms] if of_atoms else logits[:, row] for row, graph in enumerate(batch)]
 

@@ -104,7 +104,7 @@ def reconstruction_scores(
         for start in range(0, len(graphs), batch_size):
             indices = by_size[start : start + batch_size]  # molecules of like size share a batch
             batch = processor.pad([graphs[index] for index in indices], modality="auto").to(model.device)
-            scores[:, indices] = torch.stack(_scores(model, batch, seed)).double().cpu().numpy()
+            scores[:, indices] = torch.stack(_scores(model, batch, seed)).cpu().double().numpy()
     finally:
         model.train(was_training)
     return ReconstructionScores(*scores)

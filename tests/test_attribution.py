@@ -111,6 +111,7 @@ def test_a_target_is_an_index_or_a_name(processor):
     model.config.id2label = {0: "logP", 1: "melting point"}
     first, second = (atom_attributions(model, processor, "CCO", target) for target in (0, 1))
     np.testing.assert_array_equal(second, atom_attributions(model, processor, "CCO", "melting point"))
+    np.testing.assert_array_equal(second, atom_attributions(model, processor, "CCO", np.int64(1)))
     assert np.abs(first - second).max() > 1e-3
     for wrong in (2, -1, "boiling point"):
         with pytest.raises(
@@ -235,6 +236,12 @@ def test_hydrogens_are_drawn_if_they_have_attributions(tmp_path):
     assert len(circles(path.read_text())) == 6
 
 
+def test_atoms_of_which_rdkit_determines_no_bonds_are_drawn_without(tmp_path):
+    ammonium = (["N", *"HHHH"], np.array([[0, 0, 0], [1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]]) * 0.6)
+    draw_attributions(ammonium, np.arange(5), tmp_path / "a.svg")
+    assert len(circles((tmp_path / "a.svg").read_text())) == 5
+
+
 def test_a_geometry_does_not_end_up_in_the_drawing(tmp_path):
     flat, bent = Chem.MolFromSmiles("CCO"), Chem.MolFromSmiles("CCO")
     conformer = Chem.Conformer(3)
@@ -252,6 +259,8 @@ def test_drawing_errors_say_what_to_do(tmp_path):
         ValueError, match=r"There are 4 attributions, but 'CCO' has 3 atoms without hydrogens, .* 9 with all"
     ):
         draw_attributions("CCO", [1, 2, 3, 4], tmp_path / "a.svg")
+    with pytest.raises(MoleculeError, match=r"^Molecule 'C1CC' could not be parsed by RDKit"):
+        draw_attributions("C1CC", [1, 2, 3], tmp_path / "a.svg")
     for wrong in ([[1.0, 2.0, 3.0]], [1.0, 2.0, float("nan")]):
         with pytest.raises(ValueError, match="Pass a finite number for each atom"):
             draw_attributions("CCO", wrong, tmp_path / "a.svg")

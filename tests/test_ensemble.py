@@ -150,5 +150,8 @@ def test_members_that_do_not_belong_together_are_an_error():
     ):
         with pytest.raises(ValueError, match=rf"Model 1 differs from model 0 in \['{different}'\]"):
             from_members([*models, *members("regression", 1, **changes)])
+    (piped,) = members("regression", 1)
+    piped.config.custom_pipelines = {"molecular-property-prediction": {}}  # as a pipeline saves it
+    assert from_members([*models, piped]).config.num_members == 2
     with pytest.raises(ValueError, match="whether to average values or probabilities"):
         MoleBlendEnsembleForSequenceClassification(MoleBlendEnsembleConfig(num_hidden_layers=1))

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -545,6 +546,32 @@ def test_sdf_records_stay_in_their_places(tmp_path, compress):
     graphs = featurize_molecules(records)
     assert [len(graphs[i].coordinates) for i in (0, 1, 4)] == [1, 0, 1]
     assert graphs[3] is records[3]
+
+
+@pytest.mark.parametrize("end", ["\x1a", "$$$\n", "end of file", "a\nb\nc\n"])
+def test_what_follows_the_last_record_is_an_error_in_its_place(tmp_path, end):
+    (tmp_path / "molecules.sdf").write_text(mol_block("CCO", "3D", 0.1) + "$$$$\n" + end)
+    molecule, last = read_sdf(tmp_path / "molecules.sdf")
+    assert molecule.GetNumAtoms() == 3
+    with pytest.raises(MoleculeError, match="is cut short: it holds no molecule"):
+        raise last
+
+
+def test_a_drawing_is_one_whatever_its_title_holds(tmp_path):
+    """Separators of lines that are none in the format."""
+    (tmp_path / "one.sdf").write_text("na\x85\u2028me" + mol_block("CCO", "2D", 0.1), encoding="utf-8")
+    (read,) = read_sdf(tmp_path / "one.sdf")
+    assert not read.GetConformer().Is3D()
+
+
+@pytest.mark.parametrize("modality", ["2d", "2d+3d"])
+def test_text_that_is_no_utf_8_harms_no_molecule(modality):
+    """As RDKit's own reader gives it from a file in Latin-1: it cannot be turned into text."""
+    block = Chem.MolToMolBlock(Chem.MolFromSmiles("C[C@H]1CC[C@H](C)CC1"))
+    supplier = Chem.ForwardSDMolSupplier(BytesIO(f"n\xe4me{block}> <by>\nSoci\xe9t\xe9\n\n$$$$\n".encode("latin-1")))
+    mol = next(supplier)
+    assert featurize_molecule(mol, settings=FeaturizationSettings(modality=modality)).num_atoms == 8
+    assert "named" not in describe_molecule(mol)
 
 
 def test_records_without_a_line_between_them_are_not_one_molecule(tmp_path):

@@ -393,6 +393,12 @@ def test_featurize_many_is_the_same_for_any_number_of_processes(processor):
     for first, second in zip(one, two, strict=True):
         for name in MolecularGraph.__slots__:
             assert np.array_equal(getattr(first, name), getattr(second, name))
+    # The order of ligands around a metal is a property, which RDKit's own pickles leave out.
+    ligands = [Chem.MolFromSmiles(f"Cl[Pt@SP{order}](Cl)(N)N") for order in (1, 2, 3)]
+    one, two = (processor.featurize_many(ligands, modality="2d+3d", num_proc=num_proc) for num_proc in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        assert np.array_equal(first.coordinates, second.coordinates)
+    assert not np.allclose(one[0].coordinates, one[1].coordinates)
     with pytest.raises(ValueError, match="`num_proc` is 0"):
         processor.featurize_many(["C"], num_proc=0)
 

@@ -157,13 +157,35 @@ def describe_molecule(molecule: Any, max_length: int = 80) -> str:
             text = "RDKit molecule" if is_large else repr(Chem.MolToSmiles(_without_unknown_chirality(molecule)))
         except RDKIT_ERRORS:
             text = "RDKit molecule"
-        if molecule.HasProp("_Name") and molecule.GetProp("_Name"):
-            text = f"{text}, named {molecule.GetProp('_Name')!r}"
+        try:
+            name = molecule.GetProp("_Name") if molecule.HasProp("_Name") else ""
+        except UnicodeDecodeError:  # of a file that is not UTF-8
+            name = ""
+        text = f"{text}, named {name!r}" if name else text
     elif isinstance(molecule, tuple) and len(molecule) == 2 and isinstance(molecule[0], Sequence):
         text = f"({' '.join(map(str, molecule[0][:20]))}, coordinates) of {len(molecule[0])} atoms"
     else:
         text = repr(molecule)
     return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text)} characters)"
+
+
+class _Whole:
+    """An RDKit molecule on its way to another process, and the molecule itself once it is there.
+
+    RDKit's own pickles leave out properties, with them the order of ligands around a metal, and round coordinates.
+    """
+
+    def __init__(self, mol: "Chem.Mol") -> None:
+        self.mol = mol
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = Chem.PropertyPickleOptions.AllProps | Chem.PropertyPickleOptions.CoordsAsDouble
+        return Chem.Mol, (self.mol.ToBinary(int(kept)),)
+
+
+def portable(molecules: Sequence[Any]) -> list[Any]:
+    """Returns molecules as they can be pickled without a loss."""
+    return [_Whole(mol) if Chem is not None and isinstance(mol, Chem.Mol) else mol for mol in molecules]
 
 
 def _without_unknown_chirality(mol: "Chem.Mol") -> "Chem.Mol":
@@ -395,7 +417,7 @@ def _as_coordinates(values: Any) -> np.ndarray:
     """Returns given coordinates as (C, n, 3) float32."""
     try:
         array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: tensors with gradients
         raise MoleculeError(
             f"has coordinates that are no array of numbers: {first_line(error)}",
             "coordinates",
@@ -543,7 +565,7 @@ def canonical_copy(mol: "Chem.Mol") -> tuple["Chem.Mol", list[int]] | None:
 
     None for the odd molecule whose SMILES RDKit does not read back.
     """
-    mol = Chem.Mol(mol)
+    mol = Chem.Mol(mol, True)  # without its properties, which may be no text of UTF-8 and are all read below
     for atom in mol.GetAtoms():
         atom.SetAtomMapNum(0)
     params = Chem.SmilesParserParams()
@@ -578,7 +600,7 @@ def read_sdf(path: str | os.PathLike) -> Iterator["Chem.Mol | MoleculeError"]:
             with rdBase.BlockLogs():
                 result = parse_sdf_record(record)
             if isinstance(result, MoleculeError):
-                title = record.splitlines()[0].strip() if record.strip() else ""
+                title = record.partition("\n")[0].strip()
                 result.index, result.molecule = index, f"record {title[:60]!r} of {os.path.basename(path)}"
             yield result
 
@@ -605,18 +627,20 @@ def parse_sdf_record(record: str) -> "Chem.Mol | MoleculeError":
     if not record.strip():
         return MoleculeError("is empty", "sdf", "Remove it from the file")
     # RDKit reads the first; data fields after it would be those of another molecule.
-    if sum(line.startswith("M  END") for line in record.splitlines()) > 1:
+    if sum(line.startswith("M  END") for line in record.split("\n")) > 1:
         return MoleculeError("holds several molecules, as if a line $$$$ were missing", "sdf", "Put one between them")
     supplier = Chem.SDMolSupplier()
     supplier.SetData(record, sanitize=True, removeHs=False)
+    if not len(supplier):
+        return MoleculeError("is cut short: it holds no molecule", "sdf", "Fix it")
     try:
-        mol = supplier[0] if len(supplier) else None
+        mol = supplier[0]
     except RDKIT_ERRORS as error:
         return MoleculeError(f"could not be read by RDKit: {first_line(error)}", "sdf", "Fix it")
     if mol is None:
         reason = _captured_reason(_read_first, record)
         return MoleculeError(f"could not be read by RDKit: {reason}", "sdf", "Fix it")
-    header = record.splitlines()[1] if record.count("\n") > 1 else ""
+    header = record.split("\n")[1]  # a title may hold other separators of lines, which splitlines() knows
     if header[20:22].upper() == "2D":  # RDKit takes it for 3D as soon as one z is not zero
         for conformer in mol.GetConformers():
             conformer.Set3D(False)

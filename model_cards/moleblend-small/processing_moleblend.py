@@ -33,6 +33,7 @@ from .molecules_moleblend import (
     RejectedMolecule,
     describe_molecule,
     input_atoms,
+    portable,
     require_rdkit,
 )
 
@@ -414,7 +415,7 @@ def _featurize_chunks(
             yield from results
         return
     with ProcessPoolExecutor(num_proc) as pool:
-        for results in pool.map(work, molecule_chunks, coordinate_chunks):
+        for results in pool.map(work, map(portable, molecule_chunks), coordinate_chunks):
             yield from results
 
 
