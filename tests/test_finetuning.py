@@ -88,6 +88,9 @@ def test_fewer_molecules_are_drawn_for_training_and_validation_and_the_test_stay
     num_test = sum(line.endswith(",test") for line in table.read_text().splitlines())
     assert [split["parts"][name]["rows"] for name in ("train", "validation", "test")] == [9, 4, num_test]
     assert set(split["leakage"].values()) == {0}  # of the molecules that were drawn
+    card = (tmp_path / "README.md").read_text()
+    assert f"| used | {13 + num_test} |" in card
+    assert f"| not used: without a label, not drawn, or in another part | {60 - 13 - num_test} |" in card
 
 
 def test_a_column_that_names_the_parts_needs_no_other_word(base, table, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tiny import tiny_config
 
@@ -28,7 +29,7 @@ from report import (
     write_report,
 )
 from reporting import environment
-from result_plots import plot_learning_curves
+from result_plots import plot_learning_curves, plot_roc
 from splits import split_hash
 
 NUM = 24
@@ -247,6 +248,22 @@ def test_classes_are_reported():
     )
     assert "logits.softmax(-1)  # a row for each molecule: gas, liquid, solid" in text
     assert "classes of phase." in text
+
+
+def test_the_card_says_what_the_classes_of_a_binary_task_are_called():
+    names = {"active": ["active", "inactive"]}
+    assert "probabilities of class 1 (active: 0 = active, 1 = inactive)." in told(binary(binary_class_names=names))[1]
+    both = {name: ["no", "yes"] for name in ("active", "toxic")}
+    assert "probabilities of class 1 (0 = no, 1 = yes)." in told(binary(binary_class_names=both))[1]
+
+
+def test_names_of_curves_stand_in_the_legend_as_they_are(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **flags: figures.append(figure) or save(figure, path))
+    labels = np.array([[0.0, 1.0], [1.0, 0.0]])
+    plot_roc(labels, labels, ["IC50 $x^$", "_hidden"], tmp_path / "roc.png")
+    texts = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert texts == [r"IC50 \$x^\$", " _hidden"]
 
 
 def test_the_examples_are_molecules_of_the_test_part_and_valid_python():

@@ -55,6 +55,15 @@ class PreprocessedDataset:
             for part in self.splits.values()
         )
 
+    def class_names(self, target: str) -> list[str]:
+        """What the classes of a target are called, in the order of their indices; empty where nobody said."""
+        named = {each["name"]: each.get("class_names") for each in self.about["targets"]}
+        return list(named.get(target) or ())
+
+    def binary_class_names(self, targets: Sequence[str]) -> dict[str, list[str]]:
+        """The names of 0 and 1, of those targets that have them."""
+        return {target: names for target in targets if len(names := self.class_names(target)) == 2}
+
     def check(self, processor: MoleBlendProcessor) -> None:
         """Raise unless the graphs are those that this processor would make."""
         stored = self.about["processor"]

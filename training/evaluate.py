@@ -31,7 +31,7 @@ import preprocess
 from data import PreprocessedDataset, is_preprocessed, open_dataset
 from files import check_may_be_emptied
 from labels import atom_names, graphs_of, labelled
-from metrics import CLASSES, REGRESSION, TITLES
+from metrics import BINARY, CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
@@ -198,6 +198,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_names=targets,
         target_units=list(units.values()),
         class_names=target_names(config) if problem_type == CLASSES else None,
+        binary_class_names=dataset.binary_class_names(targets) if problem_type == BINARY else {},
         runs=[Run(MODEL, None, test)],
         reported=MODEL,
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),

@@ -692,6 +692,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_names=list(task.names),
         target_units=list(task.units),
         class_names=list(task.class_names) or None,
+        binary_class_names=dataset.binary_class_names(task.names) if task.kind == "classification" else {},
         runs=runs,
         reported=reported,
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),

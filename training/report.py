@@ -53,7 +53,9 @@ class SplitPredictions:
     values: np.ndarray  # (n, T) in own units or probabilities of class 1; single_label_classification: (n, C)
     lower: np.ndarray | None = None  # (n, T) conformal intervals of regression; NaN for a target without one
     upper: np.ndarray | None = None
-    prediction_sets: np.ndarray | None = None  # conformal sets: (n, T, 2) or (n, C), True for the classes in them
+    prediction_sets: np.ndarray | None = (
+        None  # conformal sets: (n, T, 2) or (n, C), 1 for the classes in them, likewise
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,9 @@ class Experiment:
     environment: dict[str, Any]  # `reporting.environment`
     num_parameters: int
     class_names: list[str] | None = None  # single_label_classification
+    binary_class_names: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # of 0 and 1, by target, where they have names
     selected_by: str | None = None  # figure of the validation set that chose the epoch: "rmse"; None: an evaluation
     conformal_coverage: float | None = None  # nominal
     base_model: str | None = None  # what was fine-tuned; None: from scratch
@@ -201,6 +206,7 @@ def results_of(experiment: Experiment) -> dict[str, Any]:
         "problem_type": experiment.problem_type,
         "targets": dict(zip(experiment.target_names, experiment.target_units, strict=True)),
         "class_names": experiment.class_names,
+        "binary_class_names": experiment.binary_class_names,
         "reported": experiment.reported,
         "selected_by": experiment.selected_by,
         "conformal_coverage": experiment.conformal_coverage,
@@ -357,6 +363,8 @@ def card(
         title=f"MoleBLEND {'evaluated' if experiment.selected_by is None else 'fine-tuned'} on {experiment.dataset.name}",
         auto_class=f"AutoModelFor{'Token' if of_atoms else 'Sequence'}Classification",
         of_atoms=of_atoms,
+        num_used=_num_used(experiment),
+        class_meanings=_class_meanings(experiment),
         reading={REGRESSION: "", BINARY: ".sigmoid()", CLASSES: ".softmax(-1)"}[experiment.problem_type],
         columns=", ".join(
             experiment.class_names or list(map(_with_unit, *zip(*results["targets"].items(), strict=True)))
@@ -376,6 +384,24 @@ def card(
         few_labels=FEW_LABELS,
         has_spread=any(len(model["runs"]) > 1 for name, model in results["models"].items() if name != BASELINE),
     )
+
+
+def _num_used(experiment: Experiment) -> int:
+    """Molecules that were trained on, validated or tested with; an evaluation reads one part of those there are."""
+    split = experiment.split
+    parts = split.parts if experiment.selected_by is not None else [split.tested]
+    return sum(split.parts[part]["rows"] for part in parts)
+
+
+def _class_meanings(experiment: Experiment) -> str:
+    """What 0 and 1 mean, in brackets, where somebody said."""
+    names = experiment.binary_class_names
+    meanings = {target: f"0 = {zero}, 1 = {one}" for target, (zero, one) in names.items()}
+    if not meanings:
+        return ""
+    if len(meanings) == len(experiment.target_names) and len(set(meanings.values())) == 1:
+        return f" ({next(iter(meanings.values()))})"
+    return f" ({'; '.join(f'{target}: {meaning}' for target, meaning in meanings.items())})"
 
 
 def plain_words(experiment: Experiment, results: Mapping[str, Any], of_atoms: bool = False) -> Iterator[str]:

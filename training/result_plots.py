@@ -52,7 +52,9 @@ def plot_roc(labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
         label = labels[known, column]
         if len(np.unique(label)) < 2:
             continue
-        style = {"label": name} if len(names) <= MAX_NAMED else {"color": "gray", "linewidth": 0.8, "alpha": 0.5}
+        shown = f" {name}" if name.startswith("_") else name  # which matplotlib leaves out of a legend
+        few = len(names) <= MAX_NAMED
+        style = {"label": _text(shown)} if few else {"color": "gray", "linewidth": 0.8, "alpha": 0.5}
         axes.plot(*roc_curve(label, probabilities[known, column])[:2], **style)
         drawn += 1
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
@@ -91,7 +93,7 @@ def plot_coverage(coverage: Mapping[str, float], chance: Mapping[str, float], no
         [nominal] * len(names), places, xerr=errors, fmt="none", color="gray", capsize=4, label="chance (95 %)"
     )
     axes.plot([coverage[name] for name in names], places, "o", label="measured")
-    axes.set_yticks(places, [textwrap.fill(name.replace("$", r"\$"), 20) for name in names])
+    axes.set_yticks(places, [_text(name, 20) for name in names])
     axes.invert_yaxis()
     _label(axes, f"coverage, nominal {nominal:.0%}", "share of labels inside", "")
     axes.legend(fontsize="small")
@@ -115,8 +117,11 @@ def plot_learning_curves(
     figure.savefig(path, dpi=DOTS_A_INCH)
 
 
+def _text(name: str, width: int = 36) -> str:
+    """A name as it is written in a plot: a "$" would start a formula, and a long name takes several lines."""
+    return textwrap.fill(name.replace("$", r"\$"), width)
+
+
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    # A "$" in the name of a target would start a formula; a long name is written on several lines.
-    title, x, y = (textwrap.fill(text.replace("$", r"\$"), 36) for text in (title, x, y))
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title=_text(title), xlabel=_text(x), ylabel=_text(y))
     axes.grid(alpha=0.3)
