@@ -234,12 +234,17 @@ def test_folds_never_share_a_molecule(base, table, tmp_path):
 
 
 def test_classes_are_probabilities_that_add_up_to_one(base, table, tmp_path):
-    run(base, table, tmp_path / "model", "--targets", "kind", "--task", "classes", "--class_weights", "balanced")
+    flags = ["--targets", "kind", "--task", "classes", "--class_weights", "balanced"]
+    results = run(base, table, tmp_path / "model", *flags, "--max_validation_molecules", "4")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     found = predict_graphs(model, processor, processor.featurize_many(MOLECULES))
     assert found.values.shape == (60, 3)
     np.testing.assert_allclose(found.values.sum(1), 1)
+    # Four molecules are too few to calibrate with, so nothing is promised.
+    assert model.config.conformal_quantiles == [None]
+    assert results["models"]["MoleBLEND"]["runs"][0]["test"]["targets"]["kind"]["coverage"] is None
+    assert "Conformal" not in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_fine_tuned_checkpoint_goes_on(base, table, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from calibration import calibrated_sets
 from metrics import binary_metrics, class_metrics, over_seeds, regression_metrics, score
 
 NAN = np.nan
@@ -111,6 +112,16 @@ def test_coverage_and_size_of_prediction_sets():
     assert (found["coverage"], found["set_size"]) == (0.5, 1.0)
     found = class_metrics(np.array([0.0, 1.0, 1.0, 0.0]), np.full((4, 2), 0.5), "x", sets[:, 0])["targets"]["x"]
     assert (found["coverage"], found["set_size"]) == (0.5, 1.0)
+
+
+def test_a_target_that_is_not_calibrated_has_no_coverage():
+    labels, everything = np.array([[0.0, 0.0], [1.0, 1.0]]), np.ones((2, 2, 2), dtype=bool)
+    sets = calibrated_sets(everything, [0.5, None])
+    found = binary_metrics(labels, labels, ["x", "y"], sets)
+    assert [found["targets"][name]["coverage"] for name in ("x", "y")] == [1.0, None]
+    assert found["mean"]["num_targets"]["set_size"] == 1
+    found = class_metrics(labels[:, 0], np.full((2, 2), 0.5), "x", calibrated_sets(everything[0], [None]))
+    assert {"target": "x", "metric": "coverage", "reason": "no sets"} in found["undefined"]
 
 
 def test_a_target_that_was_not_predicted_is_undefined_but_single_gaps_are_refused():

@@ -7,6 +7,7 @@ coverage that was found.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +16,19 @@ def conformal_quantile(scores: np.ndarray, coverage: float) -> float | None:
     """The ceil((n + 1) coverage)-th smallest score; None where n scores are too few for that coverage."""
     rank = math.ceil((len(scores) + 1) * coverage)
     return float(np.sort(scores)[rank - 1]) if 0 < rank <= len(scores) else None
+
+
+def calibrated_sets(prediction_sets: np.ndarray | None, quantiles: Sequence[float | None] | None) -> np.ndarray | None:
+    """Sets as `predict_graphs` makes them, NaN for a target without a quantile: that all classes are in it was not promised.
+
+    Args:
+        prediction_sets: (n, T, 2) of binary tasks, (n, C) of classes; None if there are none.
+        quantiles: of the config, T or 1.
+    """
+    if prediction_sets is None:
+        return None
+    known = np.array([quantile is not None for quantile in quantiles or ()])
+    return np.where(known[:, None] if prediction_sets.ndim == 3 else known, prediction_sets, np.nan)
 
 
 def conformal_quantiles(

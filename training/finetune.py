@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 import preprocess
 from batches import StepBatches
-from calibration import conformal_quantiles
+from calibration import calibrated_sets, conformal_quantiles
 from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from files import check_may_be_emptied
 from fingerprints import fingerprint_baseline
@@ -668,7 +668,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         calibration_values = np.concatenate(unseen)
     calibrate(final.config, data.labels(calibration_rows), calibration_values, task, settings.coverage)
     found_test = predict_graphs(final, processor, graphs_of(data.rows, test), finetuning.budget())
-    intervals = {"lower": found_test.lower, "upper": found_test.upper, "prediction_sets": found_test.prediction_sets}
+    intervals = {
+        "lower": found_test.lower,
+        "upper": found_test.upper,
+        "prediction_sets": calibrated_sets(found_test.prediction_sets, final.config.conformal_quantiles),
+    }
     final_run = Run(
         reported,
         None if reported == ENSEMBLE else settings.seed,

@@ -83,7 +83,7 @@ def binary_metrics(
         labels: (n, T) of 0 and 1, NaN where missing.
         probabilities: (n, T) of class 1.
         names: of the T targets.
-        prediction_sets: (n, T, 2), True for the classes in a conformal set.
+        prediction_sets: (n, T, 2), 1 for the classes in a conformal set, NaN for a target without.
     """
     found = {}
     for name, column, known in _targets(labels, probabilities, names):
@@ -103,7 +103,7 @@ def class_metrics(
         labels: (n,) of 0 to C - 1, NaN where missing.
         probabilities: (n, C).
         name: of the target.
-        prediction_sets: (n, C), True for the classes in a conformal set.
+        prediction_sets: (n, C), 1 for the classes in a conformal set, NaN if there are none.
     """
     known = ~np.isnan(labels)
     if np.isnan(probabilities).all():  # as in `_targets`
@@ -254,8 +254,10 @@ def _classification(
 def _sets(one_hot: np.ndarray, prediction_sets: np.ndarray) -> dict[str, Any]:
     if not len(one_hot):
         return {"coverage": "no labels with a prediction", "set_size": "no labels with a prediction"}
+    if np.isnan(prediction_sets).any():
+        return {"coverage": "no sets", "set_size": "no sets"}
     return {
-        "coverage": (prediction_sets & (one_hot == 1)).any(-1).mean(),
+        "coverage": ((prediction_sets == 1) & (one_hot == 1)).any(-1).mean(),
         "set_size": prediction_sets.sum(-1).mean(),
     }
 
