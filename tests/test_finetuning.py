@@ -383,6 +383,29 @@ def test_optuna_chooses_on_validation(base, table, tmp_path, capsys):
     assert "best of 2 trials" in capsys.readouterr().out
 
 
+def test_a_trial_that_diverges_is_none_of_the_good_ones(monkeypatch):
+    pytest.importorskip("optuna")
+    rates = []
+
+    def train(finetuning, *_):
+        rates.append(finetuning.settings.learning_rate)
+        if len(rates) != 2:
+            raise finetune.DivergedError("seed 0 diverged")
+        return finetune.Trained(None, 0.5, 1, 1.0)
+
+    monkeypatch.setattr(finetune.Finetuning, "train", train)
+    settings = finetune.parse_args(["--input", "some.csv", "--search_trials", "3"])
+    finetuning = finetune.Finetuning(finetune.Accelerator(), settings, None, None, None, {})
+    assert finetune.searched(finetuning, None, None)["learning_rate"] == rates[1]
+    with pytest.raises(finetune.DivergedError, match="All 3 trials diverged"):
+        finetune.searched(finetuning, None, None)
+
+
+def test_a_training_that_diverges_says_so(base, table, tmp_path):
+    with pytest.raises(ValueError, match=r"seed 0 diverged: after epoch 1 .* Lower learning_rate \(1e\+30\)"):
+        run(base, table, tmp_path, "--targets", "size", "--learning_rate", "1e30")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_read(path):
     settings = finetune.parse_args(["--config", str(path), "--model", "somewhere", "--input", "something"])

@@ -226,6 +226,10 @@ class Data:
         return SplitPredictions(ids=ids, smiles=smiles, labels=self.labels(rows), values=values, **intervals)
 
 
+class DivergedError(ValueError):
+    """Weights or predictions are no numbers any more."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
     """A model with the weights that validation chose."""
@@ -397,7 +401,14 @@ class Finetuning:
                 optimizer.zero_grad()
                 progress.update()
 
-            score = self.score(validation_labels, self.predict(model, validation_rows), scales)
+            values = self.predict(model, validation_rows)
+            if not np.isfinite(values).all():
+                accelerator.free_memory(wrapped, optimizer)
+                raise DivergedError(
+                    f"{title} diverged: after epoch {epoch} its predictions are no finite numbers. Lower learning_rate "
+                    f"({settings.learning_rate:g}) or max_grad_norm ({settings.max_grad_norm:g})."
+                )
+            score = self.score(validation_labels, values, scales)
             # One time for all processes, which have to stop together.
             seconds = accelerator.reduce(torch.tensor(time.perf_counter() - started, device=device), "mean").item()
             if score > best.score:
@@ -509,12 +520,20 @@ def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarra
         one = dataclasses.replace(finetuning, settings=dataclasses.replace(finetuning.settings, **tried))
         title = f"trial {trial.number + 1} of {finetuning.settings.search_trials}"
         from_scratch = finetuning.settings.from_scratch == "only"
-        return one.train(training, validation, finetuning.settings.seed, from_scratch, title).score
+        try:
+            return one.train(training, validation, finetuning.settings.seed, from_scratch, title).score
+        except DivergedError as error:  # the sampler learns from it that these settings are bad
+            raise optuna.TrialPruned(str(error)) from error
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=finetuning.settings.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.optimize(objective, n_trials=finetuning.settings.search_trials)
+    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        raise DivergedError(
+            f"All {len(study.trials)} trials diverged: with none of the settings that were tried are the predictions finite "
+            "numbers. Lower max_grad_norm, or look for labels of another order of magnitude than the rest."
+        )
     finetuning.accelerator.print(f"best of {finetuning.settings.search_trials} trials: {study.best_params}")
     return study.best_params
 
