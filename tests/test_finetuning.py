@@ -220,6 +220,16 @@ def test_folds_validate_on_what_they_were_not_trained_on(base, table, tmp_path):
     assert not torch.equal(first, other)
 
 
+def test_folds_learn_a_target_that_only_the_validation_part_has(base, table, tmp_path):
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    late = ["late", *(kind if part == "valid" else "" for *_, kind, part in lines[1:])]
+    path = tmp_path / "late.csv"
+    path.write_text("\n".join(",".join([*line, cell]) for line, cell in zip(lines, late, strict=True)))
+    run(base, path, tmp_path / "model", "--targets", "size,late", "--folds", "2", "--epochs", "1")
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").config
+    assert np.isfinite(config.target_means).all()
+
+
 def test_folds_never_share_a_molecule(base, table, tmp_path):
     run(base, table, tmp_path / "model", "--targets", "size")
     dataset = finetune.open_dataset(tmp_path / "model" / "data")

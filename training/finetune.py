@@ -73,7 +73,7 @@ from reporting import environment, without_places
 from settings import as_flags, load_settings, setting
 from sources import source_of
 from splits import SPLITS
-from tasks import PROBLEM_TYPES, Task, check_transforms, spreads
+from tasks import PROBLEM_TYPES, Task, check_transforms
 
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
@@ -356,7 +356,8 @@ class Finetuning:
         accelerator, settings, device = self.accelerator, self.settings, self.accelerator.device
         training_rows, validation_rows = map(self.data.with_labels, (training_rows, validation_rows))
         training_labels, validation_labels = map(self.data.labels, (training_rows, validation_rows))
-        scales = spreads(self.task.learned(training_labels)) if self.task.kind == "regression" else np.ones(1)
+        # Those of all members, as a target may have no label in a fold.
+        scales = np.array(self.target_values["target_scales"] or [1.0])
         class_weights = self.class_weights(training_labels)
         rows = GraphRows(self.data.rows, training_rows)
         batches = StepBatches(
@@ -628,7 +629,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if task.kind == "classes" and not task.class_names:
         num_classes = int(np.nanmax(data.labels(np.concatenate([training, validation, test])))) + 1
         task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
-    finetuning = Finetuning(accelerator, settings, data, task, processor, task.config_values(data.labels(training)))
+    finetuning = Finetuning(
+        accelerator, settings, data, task, processor, task.config_values(data.labels(learned_from))
+    )
     accelerator.print(
         f"{settings.description or 'Fine-tuning'}\n"
         f"  data     {len(training):,} molecules to train on, {len(validation):,} for validation, {len(test):,} for the test, "
