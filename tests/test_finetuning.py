@@ -268,6 +268,25 @@ def test_a_fine_tuned_checkpoint_goes_on(base, table, tmp_path):
     assert list(other.config.id2label.values()) == ["size", "oxygen"]
 
 
+def test_a_head_that_goes_on_in_another_unit_has_other_scales(base, table, tmp_path):
+    units = ["--preprocessing", "split_column=part", "units={size: kcal/mol}"]
+    run(base, table, tmp_path / "first", "--targets", "size", "--epochs", "1", *units)
+    run(
+        tmp_path / "first",
+        table,
+        tmp_path / "again",
+        "--targets",
+        "size",
+        "--epochs",
+        "1",
+        *units,
+        "convert={size: kJ/mol}",
+    )
+    first, again = (MoleBlendForSequenceClassification.from_pretrained(tmp_path / name) for name in ("first", "again"))
+    assert (first.config.target_units, again.config.target_units) == (["kcal/mol"], ["kJ/mol"])
+    np.testing.assert_allclose(again.config.target_means, 4.184 * np.array(first.config.target_means))
+
+
 def test_a_logarithm_is_learned_and_predicted_back(base, table, tmp_path):
     run(base, table, tmp_path / "model", "--targets", "size", "--transforms", "size=log10")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")

@@ -263,10 +263,13 @@ class Finetuning:
         if isinstance(stored, MoleBlendConfig) and stored.model_type != MoleBlendConfig.model_type:
             raise ValueError(f"{settings.model!r} is an ensemble. Choose one of its members in its folder members/.")
         values = self.target_values
-        continued = not from_scratch and (stored.id2label, stored.problem_type, stored.target_transforms) == (
-            values["id2label"],
-            values["problem_type"],
-            values["target_transforms"],
+        same = ("id2label", "problem_type", "target_transforms")
+        # A unit that nobody has named is taken for the same, as in an evaluation.
+        units = zip(stored.target_units or [], values["target_units"] or [], strict=False)
+        continued = (
+            not from_scratch
+            and all(getattr(stored, name) == values[name] for name in same)
+            and all(before == now for before, now in units if before and now)
         )
         if continued:  # the head goes on in the units that it has learned
             values = values | {"target_means": stored.target_means, "target_scales": stored.target_scales}
