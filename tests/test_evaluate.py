@@ -110,10 +110,19 @@ def test_some_targets_of_binary_tasks(tmp_path):
     folder = saved(tmp_path / "model", **BINARY)
     labels = (predicted(folder)[:, 1] > np.median(predicted(folder)[:, 1])).astype(int)
     source = table(tmp_path / "new.csv", toxic=labels)
-    results = run(folder, source, tmp_path / "out", "--targets", "toxic")
+    flags = ["--targets", "toxic", "--preprocessing", "class_names=harmless,toxic"]
+    results = run(folder, source, tmp_path / "out", *flags)
+    assert results["binary_class_names"] == {"toxic": ["harmless", "toxic"]}
     test = results["models"]["MoleBLEND"]["runs"][0]["test"]
     assert list(test["targets"]) == ["toxic"]
     assert test["mean"]["roc_auc"] == 1.0
+
+
+def test_names_of_targets_are_handed_on_as_they_are(tmp_path):
+    names = ["Neoplasms benign, malignant", "-act (>=5)"]
+    folder = saved(tmp_path / "model", **BINARY | {"id2label": dict(enumerate(names))})
+    source = table(tmp_path / "new.csv", **dict.fromkeys(names, [0, 1] * (len(SMILES) // 2)))
+    assert list(run(folder, source, tmp_path / "out")["targets"]) == names
 
 
 def test_classes_are_read_by_the_names_that_the_model_knows(tmp_path):
@@ -124,6 +133,15 @@ def test_classes_are_read_by_the_names_that_the_model_knows(tmp_path):
     assert results["models"]["MoleBLEND"]["runs"][0]["test"]["mean"]["accuracy"] == 1.0
     with pytest.raises(ValueError, match=r"predicts which of gas, liquid, solid a molecule is\. Name the one column"):
         run(folder, tmp_path / "new.csv", tmp_path / "other")
+    # A dataset may list them in another order.
+    flags = ["--source", "csv", "--input", str(tmp_path / "new.csv"), "--targets", "phase", "--modality", "2d"]
+    flags += ["--tasks", "phase=classes", "--class_names"]
+    preprocess.main([*flags, "solid,gas,liquid", "--output", str(tmp_path / "data")])
+    results = run(folder, tmp_path / "data", tmp_path / "again", "--targets", "phase")
+    assert results["models"]["MoleBLEND"]["runs"][0]["test"]["mean"]["accuracy"] == 1.0
+    preprocess.main([*flags, "solid,gas,liquid,plasma", "--output", str(tmp_path / "more")])
+    with pytest.raises(ValueError, match="has the class 'plasma', but the model knows gas, liquid, solid"):
+        run(folder, tmp_path / "more", tmp_path / "third", "--targets", "phase")
 
 
 def test_an_ensemble_with_intervals_is_evaluated_as_one_model(tmp_path):
@@ -186,8 +204,16 @@ def folder(tmp_path) -> Path:
 
 def test_columns_have_to_be_named_like_the_targets(tmp_path, folder):
     source = table(tmp_path / "new.csv", gap=range(len(SMILES)), dipole=range(len(SMILES)))
+    (tmp_path / "folder" / "old").mkdir(parents=True)
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "folder", target_is_directory=True)
     with pytest.raises(ValueError, match=r"has no column 'mu'. Its columns: 'smiles', 'gap', 'dipole'"):
-        run(folder, source, tmp_path / "out")
+        run(folder, source, out, "--overwrite")
+    assert (out / "old").is_dir()
+    source = table(tmp_path / "both.csv", gap=range(len(SMILES)), mu=range(len(SMILES)))
+    run(folder, source, out, "--overwrite")
+    assert not (out / "old").exists()
+    assert out.is_symlink()
     with pytest.raises(ValueError, match=r"has no target 'dipole'. Its targets: gap, mu.*name the columns"):
         run(folder, source, tmp_path / "other", "--targets", "gap,dipole")
 

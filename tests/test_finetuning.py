@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from datasets import load_dataset
 from huggingface_hub import ModelCard
@@ -19,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor, Trai
 
 import evaluate
 import finetune
+import preprocess
 import push_to_hub
 from calibration import conformal_quantile, conformal_quantiles
 from moleblend_hf import (
@@ -317,15 +319,29 @@ def test_conformers_are_drawn_in_training_and_averaged_in_prediction(base, table
     lines = table.read_text().splitlines()
     small = tmp_path / "small.csv"
     small.write_text("\n".join([lines[0], *lines[11:41]]) + "\n")
-    run(base, small, tmp_path / "model", "--targets", "size", "--modality", "2d+3d", "--num_conformers", "3")
+    flags = ["--targets", "size", "--modality", "2d+3d", "--num_conformers", "3"]
+    settings = ["split_column=part", "conformer_seed=7", "max_mmff_iterations=0"]
+    run(base, small, tmp_path / "model", *flags, "--preprocessing", *settings)
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     assert (processor.modality, processor.num_conformers) == ("2d+3d", 3)
+    assert (processor.conformer_seed, processor.max_mmff_iterations) == (7, 0)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     found = predict_graphs(model, processor, processor.featurize_many(["CCCCO"]))
     assert found.modalities == ["2d+3d"]
     assert np.isfinite(found.conformer_spread).all()
     rows = load_dataset("parquet", data_files=str(tmp_path / "model" / "data" / "data" / "*.parquet"), split="train")
     assert {len(conformers) for conformers in rows["coordinates"]} == {3}
+    # A dataset is what it is: its processor is saved, and what contradicts it is refused.
+    MoleBlendForPreTraining(tiny_config()).save_pretrained(tmp_path / "other")
+    MoleBlendProcessor(conformer_seed=5, max_atoms=99, bonds="determine").save_pretrained(tmp_path / "other")
+    dataset = tmp_path / "model" / "data"
+    run(tmp_path / "other", dataset, tmp_path / "again", "--targets", "size", "--epochs", "1")
+    again = MoleBlendProcessor.from_pretrained(tmp_path / "again")
+    assert again.to_dict() == processor.to_dict() | {"bonds": "determine"}
+    with pytest.raises(ValueError, match=r"made with modality='2d\+3d'.*--modality auto, or leave the setting out"):
+        run(base, dataset, tmp_path / "out", "--targets", "size", "--modality", "auto")
+    with pytest.raises(ValueError, match=r"made with num_conformers=3, but 2 are asked for.*--num_conformers 2"):
+        run(base, dataset, tmp_path / "out", "--targets", "size", "--num_conformers", "2")
 
 
 def test_targets_of_atoms(base, tmp_path):
@@ -465,6 +481,60 @@ def test_what_cannot_work_is_said(base, table, tmp_path):
     assert table.is_file()
     with pytest.raises(ValueError, match="folds must be 2 or more"):
         run(base, table, tmp_path / "out5", "--folds", "1")
+
+
+def test_nothing_is_deleted_before_the_data_are_checked(base, table, tmp_path):
+    """A label that is no class is found before the training, in whatever part it stands; OUT may be a link."""
+    data, folder, link = tmp_path / "data", tmp_path / "folder", tmp_path / "link"
+    flags = ["--targets", "size,kind,oxygen", "--split_column", "part"]
+    preprocess.main(["--source", "csv", "--input", str(table), "--output", str(data), *flags])
+    (folder / "old").mkdir(parents=True)
+    link.symlink_to(folder, target_is_directory=True)
+    for given, source, message in (
+        (["--targets", "z"], table, "'z'"),
+        (["--targets", "size", "--transforms", "z=log10"], table, "'z'"),
+        (
+            ["--targets", "size", "--preprocessing", "split_column=part", "tasc=x"],
+            table,
+            "Unknown key 'tasc' in preproc",
+        ),
+        (["--targets", "z"], data, "'z'"),
+        (
+            ["--targets", "oxygen", "--modality", "2d+3d"],
+            data,
+            r"has no geometries of 60 of its 60 .*--modality 2d\+3d",
+        ),
+        (["--targets", "kind", "--task", "classification"], data, "has 2 for target 'kind'.* takes 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(base, source, link, "--overwrite", *given)
+        assert (folder / "old").is_dir()
+    names = ["--preprocessing", "split_column=part", "class_names=without,with"]
+    flags = ["--targets", "oxygen", "--task", "classification", "--epochs", "1"]
+    results = run(base, table, link, "--overwrite", *flags, *names)
+    assert results["binary_class_names"] == {"oxygen": ["without", "with"]}
+    assert "probabilities of class 1 (0 = without, 1 = with)" in (folder / "README.md").read_text()
+    assert not (folder / "old").exists()
+    assert link.is_symlink()
+
+
+def test_a_label_outside_of_training_that_is_no_class_is_refused(base, tmp_path):
+    path = tmp_path / "stray.csv"
+    rows = [f"{'C' * size}O,{size % 2},{('train', 'valid')[size > 6]}" for size in range(1, 10)]
+    path.write_text("\n".join(["SMILES,active,part", *rows, "CCN,1,test", "CCS,2,test"]))
+    with pytest.raises(ValueError, match=r"has 2 for target 'active', but task 'classification' takes 0 and 1"):
+        run(base, path, tmp_path / "out", "--targets", "active", "--preprocessing", "split_column=part",
+            "tasks={active: regression}", "--task", "classification")  # fmt: skip
+
+
+def test_names_of_columns_are_handed_on_as_they_are(tmp_path):
+    path = tmp_path / "settings.yaml"
+    recipe = yaml.safe_load((TRAINING / "configs" / "finetuning" / "default.yaml").read_text())
+    names = ["logS, mol/L", "act (>=5)", "-logIC50"]
+    path.write_text(yaml.safe_dump(recipe | {"targets": names, "input": "some.csv", "task": "classification"}))
+    made = finetune.preprocessing(finetune.parse_args(["--config", str(path)]), MoleBlendProcessor())
+    assert made.targets == names
+    assert made.tasks == dict.fromkeys(names, "classification")
 
 
 def test_labels_of_the_wrong_kind_are_rejected_rows(base, table, tmp_path):

@@ -12,7 +12,6 @@ the reason. OUT/metrics.json has every figure, OUT/README.md says what they mean
 
 import dataclasses
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,17 +26,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-import preprocess
+from calibration import calibrated_sets
 from data import PreprocessedDataset, is_preprocessed, open_dataset
-from files import check_may_be_emptied
+from files import check_may_be_emptied, empty
+from inputs import checked_source, preprocess_into, preprocessing_of
 from labels import atom_names, graphs_of, labelled
 from metrics import BINARY, CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
+from preprocess import PreprocessingSettings
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
 from reporting import environment, without_places
-from settings import as_flags, load_settings, setting
-from sources import source_of
+from settings import load_settings, setting
 
 TASKS = {"multi_label_classification": "classification", "single_label_classification": "classes"}
 
@@ -98,30 +98,22 @@ def chosen_targets(settings: EvaluationSettings, model: PreTrainedModel) -> tupl
     return chosen, [names.index(name) for name in chosen]
 
 
-def prepared(
+def preprocessing(
     settings: EvaluationSettings, processor: MoleBlendProcessor, model: PreTrainedModel, targets: Sequence[str]
-) -> PreprocessedDataset:
-    """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for the model's processor."""
-    name = settings.input
-    if is_preprocessed(name):
-        return open_dataset(name)
+) -> PreprocessingSettings:
+    """How the input, a file, becomes a dataset, for the model's processor."""
     problem_type = prediction_type(model.config)
-    shared = {field.name for field in dataclasses.fields(preprocess.PreprocessingSettings)} & set(processor.to_dict())
     values: dict[str, Any] = {
-        "source": settings.source or source_of(name),
-        "input": name,
-        "output": str(Path(settings.output_dir, "data")),
+        "source": settings.source,
         "smiles_column": settings.smiles_column,
         "atom_targets" if predicts_atoms(model.config) else "targets": list(targets),
         "num_proc": settings.num_proc,
-        **{each: getattr(processor, each) for each in sorted(shared)},
     }
     if problem_type != REGRESSION:
         values["tasks"] = dict.fromkeys(targets, TASKS[problem_type])
     if problem_type == CLASSES:
         values["class_names"] = target_names(model.config)
-    preprocess.main(as_flags(values | settings.preprocessing))
-    return open_dataset(values["output"])
+    return preprocessing_of(settings.input, settings.output_dir, processor, values, settings.preprocessing)
 
 
 def chosen_part(settings: EvaluationSettings, dataset: PreprocessedDataset) -> str:
@@ -156,10 +148,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     targets, columns = chosen_targets(settings, model)
     all_units = dict(zip(target_names(config), config.target_units or [], strict=False))
     units = {name: all_units.get(name) or None for name in targets}
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
 
-    dataset = prepared(settings, processor, model, targets)
+    making = None if is_preprocessed(settings.input) else preprocessing(settings, processor, model, targets)
+    if making is not None:
+        checked_source(making)  # raises before anything is deleted
+        preprocess_into(output_dir, making)
+    dataset = open_dataset(settings.input if making is None else making.output)
     dataset.check(processor)
     check_units(dataset, units)
     part = chosen_part(settings, dataset)
@@ -180,16 +174,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     rows = rows.select(known)
     data = labelled(rows, targets)
-    check_classes(data.labels, targets, problem_type, len(columns))
+    class_names = dataset.class_names(targets[0]) if problem_type == CLASSES else []
+    check_classes(data.labels, targets, problem_type, len(class_names or columns))
+    labels = data.labels
+    if class_names:
+        labels = as_indices_of(target_names(config), labels, targets[0], class_names)
+    if making is None:
+        empty(output_dir)
     found = predict_graphs(model, processor, graphs_of(rows))
+    sets = calibrated_sets(found.prediction_sets, config.conformal_quantiles)
     intervals = {
         name: None if array is None else array[:, columns]
-        for name, array in (("lower", found.lower), ("upper", found.upper), ("prediction_sets", found.prediction_sets))
+        for name, array in (("lower", found.lower), ("upper", found.upper), ("prediction_sets", sets))
     }
     ids, smiles = data.ids, data.smiles
     if data.num_atoms is not None:
         ids, smiles = atom_names(ids, smiles, data.num_atoms)
-    test = SplitPredictions(ids, smiles, data.labels, found.values[:, columns], **intervals)
+    test = SplitPredictions(ids, smiles, labels, found.values[:, columns], **intervals)
 
     about = dataset.about["settings"]
     has_parts = len(dataset.splits) > 1
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def check_classes(labels: np.ndarray, targets: Sequence[str], problem_type: str, num_classes: int) -> None:
-    """Raise for labels that are none of the model's classes."""
+    """Raise for labels that are none of the classes."""
     if problem_type == REGRESSION:
         return
     allowed = range(num_classes) if problem_type == CLASSES else range(2)
@@ -242,6 +243,17 @@ def check_classes(labels: np.ndarray, targets: Sequence[str], problem_type: str,
                 f"Target {name!r} has the label {wrong[0]:g}, but the model knows the classes {allowed[0]} to {allowed[-1]}. "
                 "Preprocess the labels as these classes."
             )
+
+
+def as_indices_of(known: list[str], labels: np.ndarray, target: str, class_names: list[str]) -> np.ndarray:
+    """Labels as indices of the classes that the model knows, which the dataset may list in another order."""
+    if unknown := [name for name in class_names if name not in known]:
+        raise ValueError(
+            f"Target {target!r} of the dataset has the class {unknown[0]!r}, but the model knows {', '.join(known)}. "
+            f"Preprocess the labels as these, with --class_names {','.join(known)}."
+        )
+    indices = np.array([known.index(name) for name in class_names], dtype=np.float64)
+    return np.where(np.isnan(labels), np.nan, indices[np.nan_to_num(labels).astype(int)])
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ setting below is a key of the YAML file and a flag; a flag wins.
 import dataclasses
 import logging
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,13 @@ from sklearn.model_selection import GroupKFold
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-import preprocess
 from batches import StepBatches
 from calibration import calibrated_sets, conformal_quantiles
 from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
-from files import check_may_be_emptied
+from files import check_may_be_emptied, empty
 from fingerprints import fingerprint_baseline
-from labels import Labelled, atom_names, check_labels, graphs_of, labelled
+from inputs import checked_source, preprocess_into, preprocessing_of
+from labels import Labelled, atom_names, check_classes, check_labels, graphs_of, labelled
 from metrics import score
 from moleblend_hf import (
     MoleBlendConfig,
@@ -57,6 +56,7 @@ from moleblend_hf.prediction_moleblend import predict_graphs
 from moleblend_hf.verification import write_reference_outputs
 from objective import CONFORMER, molecule_seeds, uniform
 from optimization import freeze, parameter_groups
+from preprocess import PreprocessingSettings
 from report import (
     BASELINE,
     ENSEMBLE,
@@ -70,13 +70,14 @@ from report import (
     write_report,
 )
 from reporting import environment, without_places
-from settings import as_flags, load_settings, setting
-from sources import source_of
+from settings import load_settings, setting
 from splits import SPLITS
 from tasks import PROBLEM_TYPES, Task, check_transforms
 
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
+MADE_CONFORMERS = ("2d+3d", "3d")  # modalities of a dataset
+NOT_OF_DATASETS = ("bonds", "max_path_bonds", "max_bond_order_iterations")  # settings of a processor
 SELECTED_BY = {"regression": "rmse", "classification": "roc_auc", "classes": "accuracy"}
 SHOWN = SELECTED_BY | {"regression": "rmse / spread"}  # of the training labels, so that targets can be added
 
@@ -115,11 +116,19 @@ class FinetuningSettings:
     transforms: dict[str, str] = setting(
         "data", "learn a target on another scale: --transforms ic50=log10, or signed_log10", {}
     )
-    modality: str = setting(
-        "data", "auto: given geometries, else 2D; 2d; 2d+3d: conformers where there are none; 3d", "auto",
+    modality: str | None = setting(
+        "data",
+        "auto: given geometries, else 2D; 2d; 2d+3d: conformers where there are none; 3d; else as a dataset was made, "
+        "auto for a file",
+        None,
         choices=MODALITIES,
-    )  # fmt: skip
-    num_conformers: int = setting("data", "conformers to make; training draws one, predictions average over all", 1)
+    )
+    num_conformers: int | None = setting(
+        "data",
+        "conformers to make, of which training draws one and predictions average over all; else as many as a dataset has, "
+        "1 for a file",
+        None,
+    )
     split: str | None = setting(
         "data", "of a file into training, validation and test", "scaffold", choices=("given", *SPLITS)
     )
@@ -164,7 +173,7 @@ class FinetuningSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read."""
         for name in ("seeds", "epochs", "patience", "batch_size", "num_conformers", "num_proc"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.folds is not None and (self.folds < 2 or self.seeds > 1):
             raise ValueError(
@@ -213,6 +222,15 @@ class Data:
             return self.labelled.labels[rows]
         of_molecules = self.labelled.of_atoms()
         return np.concatenate([of_molecules[row] for row in rows])
+
+    def some(self, rows: np.ndarray) -> Labelled:
+        """What is known about some rows."""
+        everything = self.labelled
+        ids, smiles, inchikeys = (
+            [column[row] for row in rows] for column in (everything.ids, everything.smiles, everything.inchikeys)
+        )
+        num_atoms = None if everything.num_atoms is None else everything.num_atoms[rows]
+        return Labelled(everything.names, ids, smiles, inchikeys, self.labels(rows), num_atoms)
 
     def with_labels(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows that have any label."""
@@ -437,43 +455,64 @@ class Finetuning:
         return dataclasses.replace(best, seconds=seconds)
 
 
-def prepared(settings: FinetuningSettings, processor: MoleBlendProcessor) -> PreprocessedDataset:
-    """The dataset that the input is, or that preprocess.py makes of it in OUTPUT_DIR/data for this processor."""
-    if is_preprocessed(settings.input):
-        return open_dataset(settings.input)
-    folder = Path(settings.output_dir, "data")
+def preprocessing(settings: FinetuningSettings, checkpoint: MoleBlendProcessor) -> PreprocessingSettings:
+    """How the input, a file, becomes a dataset: as the checkpoint's processor featurizes, but for the modality."""
     values: dict[str, Any] = {
-        "source": settings.source or source_of(settings.input),
-        "input": settings.input,
-        "output": str(folder),
+        "source": settings.source,
         "smiles_column": settings.smiles_column,
-        "targets": settings.targets,
+        "targets": settings.targets or None,
         "atom_targets": settings.atom_targets,
-        "modality": settings.modality,
-        "num_conformers": settings.num_conformers,
-        "hydrogens": processor.hydrogens,
-        "canonical_atom_order": processor.canonical_atom_order,
+        "modality": settings.modality or "auto",
+        "num_conformers": settings.num_conformers or 1,
         "split": "given" if settings.preprocessing.get("split_column") else settings.split,
         "split_seed": settings.split_seed,
         "num_proc": settings.num_proc,
     }
     if settings.task is not None:
         values["tasks"] = dict.fromkeys(settings.atom_targets or settings.targets or (), settings.task)
-    preprocess.main(as_flags(values | settings.preprocessing))
-    return open_dataset(folder)
+    return preprocessing_of(settings.input, settings.output_dir, checkpoint, values, settings.preprocessing)
 
 
-def task_of(settings: FinetuningSettings, dataset: PreprocessedDataset) -> Task:
-    """The task that the settings name, or that the dataset has."""
-    stored = {target["name"]: target for target in dataset.about["targets"]}
+def processor_of(
+    settings: FinetuningSettings, dataset: PreprocessedDataset, checkpoint: MoleBlendProcessor
+) -> MoleBlendProcessor:
+    """The processor to save with the model: it featurizes as the dataset was made, of which it shows what the settings say."""
+    dataset.check(checkpoint)
+    processor = dataset.processor(**{name: getattr(checkpoint, name) for name in NOT_OF_DATASETS})
+    made, num_conformers = processor.modality, settings.num_conformers
+    shown = settings.modality or made
+    num_flat = dataset.about["num_kept"] - dataset.about["num_with_coordinates"]
+    if num_conformers not in (None, processor.num_conformers):
+        raise ValueError(
+            f"The dataset {dataset.name!r} was made with num_conformers={processor.num_conformers}, but {num_conformers} are "
+            f"asked for. Preprocess it with --num_conformers {num_conformers}, or leave the setting out."
+        )
+    if num_flat and (shown == "3d" or (shown == "2d+3d" and made not in MADE_CONFORMERS)):
+        raise ValueError(
+            f"The dataset {dataset.name!r} was made with modality={made!r} and has no geometries of {num_flat:,} of its "
+            f"{dataset.about['num_kept']:,} molecules, which modality={shown!r} needs. Preprocess it with --modality {shown}."
+        )
+    if shown == "auto" and made in MADE_CONFORMERS:
+        raise ValueError(
+            f"The dataset {dataset.name!r} was made with modality={made!r}, so that it has conformers, of which a model "
+            "with modality='auto' would make none in prediction. Preprocess it with --modality auto, or leave the setting out."
+        )
+    # Without any geometry, one that is given in prediction would be the first that the model sees.
+    processor.modality = shown if dataset.about["num_with_coordinates"] else "2d"
+    return processor
+
+
+def task_of(settings: FinetuningSettings, dataset: str, targets: Sequence[Mapping[str, Any]]) -> Task:
+    """The task that the settings name, or that the targets of a dataset have."""
+    stored = {target["name"]: target for target in targets}
     names = settings.atom_targets or settings.targets or list(stored)
     if unknown := [name for name in [*names, *settings.transforms] if name not in stored]:
         raise ValueError(
-            f"The dataset {dataset.name!r} has no target {unknown[0]!r}. Its targets: {', '.join(stored) or 'none'}. Name "
+            f"The dataset {dataset!r} has no target {unknown[0]!r}. Its targets: {', '.join(stored) or 'none'}. Name "
             "them with --targets."
         )
     if not names:
-        raise ValueError(f"The dataset {dataset.name!r} has no targets. Preprocess it with --targets.")
+        raise ValueError(f"The dataset {dataset!r} has no targets. Preprocess it with --targets.")
     kinds = {stored[name]["task"] for name in names}
     if settings.task is None and len(kinds) > 1:
         raise ValueError(
@@ -595,23 +634,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError("search_trials needs one process. Search on one, then train with what it found.")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    # Data: the input becomes a dataset whose graphs are those that the checkpoint's processor makes.
-    processor = MoleBlendProcessor.from_pretrained(
-        settings.model, modality=settings.modality, num_conformers=settings.num_conformers
-    )
+    # Data: the input becomes a dataset whose graphs are those that the processor makes which is saved with the model.
+    checkpoint = MoleBlendProcessor.from_pretrained(settings.model)
+    making = None if is_preprocessed(settings.input) else preprocessing(settings, checkpoint)
     with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            shutil.rmtree(output_dir, ignore_errors=True)
-            output_dir.mkdir(parents=True)
-            dataset = prepared(settings, processor)
-        else:
-            dataset = open_dataset(settings.input if is_preprocessed(settings.input) else output_dir / "data")
-    dataset.check(processor)
-    if not dataset.about["num_with_coordinates"]:
-        if settings.modality == "3d":
-            raise ValueError(f"The dataset {dataset.name!r} has no geometries, which modality='3d' needs.")
-        processor.modality = "2d"  # so that a geometry, which it never saw, is not read in prediction
-    task = task_of(settings, dataset)
+        if making is not None and accelerator.is_main_process:
+            targets = [dataclasses.asdict(target) for target in checked_source(making).targets]
+            task_of(settings, making.input, targets)  # raises before anything is deleted
+            preprocess_into(output_dir, making)
+        dataset = open_dataset(settings.input if making is None else making.output)
+    processor = processor_of(settings, dataset, checkpoint)
+    task = task_of(settings, dataset.name, dataset.about["targets"])
     data = Data.of(dataset, task.names)
     training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
     training = some_of(training, settings.max_training_molecules, settings.split_seed)
@@ -621,12 +654,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"No molecule of the {part} part has a label. Split the data another way with --split.")
     both = np.sort(np.concatenate([training, validation]))
     learned_from = training if settings.folds is None else both
-    only_training = dataclasses.replace(
-        data.labelled, ids=[data.labelled.ids[row] for row in learned_from], labels=data.labels(learned_from),
-        num_atoms=None if data.labelled.num_atoms is None else data.labelled.num_atoms[learned_from],
-    )  # fmt: skip
-    warnings = check_labels(task.kind, only_training)
+    warnings = check_labels(task.kind, data.some(learned_from))
+    check_classes(task.kind, data.some(np.concatenate([both, test])))
     check_transforms(task, data.labels(both))
+    if making is None and accelerator.is_main_process:
+        empty(output_dir)
     if set(task.transforms) - {"none"}:
         warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:

@@ -116,6 +116,7 @@ def check_labels(task: str, training: Labelled) -> list[str]:
             f"The task 'classes' takes one target, got {len(training.names)}: {', '.join(training.names)}. Train a model "
             "for each, or take task 'classification' if all are 0 or 1."
         )
+    check_classes(task, training)
     warnings = []
     for name, values in zip(training.names, training.labels.T, strict=True):
         found = np.unique(values[~np.isnan(values)])
@@ -124,25 +125,31 @@ def check_labels(task: str, training: Labelled) -> list[str]:
                 f"Target {name!r} has no label in the {len(training.ids)} molecules to train on. Leave it out of the "
                 "targets, or split the data another way."
             )
-        if task != "regression" and len(wrong := found[~_is_class(task, found)]):
-            raise ValueError(
-                f"{training.ids[_molecule_of(training, values == wrong[0])]!r} has {wrong[0]:g} for target {name!r}, but "
-                f"task {task!r} takes {'0 and 1' if task == 'classification' else 'the indices 0, 1, 2, ...'}. Train "
-                "with task 'regression', or preprocess the labels as classes."
-            )
         if len(found) == 1:
             what = "value" if task == "regression" else "class"
             warnings.append(f"Target {name!r} has the same {what} in all of the training set ({found[0]:g}).")
     return warnings
 
 
+def check_classes(task: str, labelled: Labelled) -> None:
+    """Raise for labels, of whatever part, that are no classes though the task has classes."""
+    for name, values in zip(labelled.names, labelled.labels.T, strict=True):
+        found = np.unique(values[~np.isnan(values)])
+        if task != "regression" and len(wrong := found[~_is_class(task, found)]):
+            raise ValueError(
+                f"{labelled.ids[_molecule_of(labelled, values == wrong[0])]!r} has {wrong[0]:g} for target {name!r}, but "
+                f"task {task!r} takes {'0 and 1' if task == 'classification' else 'the indices 0, 1, 2, ...'}. Train "
+                "with task 'regression', or preprocess the labels as classes."
+            )
+
+
 def _is_class(task: str, values: np.ndarray) -> np.ndarray:
     return np.isin(values, (0, 1)) if task == "classification" else (values >= 0) & (values == np.floor(values))
 
 
-def _molecule_of(training: Labelled, labels: np.ndarray) -> int:
+def _molecule_of(labelled: Labelled, labels: np.ndarray) -> int:
     """The first molecule that has one of the labels which are true."""
     first = int(labels.argmax())
-    if training.num_atoms is None:
+    if labelled.num_atoms is None:
         return first
-    return int(np.searchsorted(np.cumsum(training.num_atoms), first, side="right"))
+    return int(np.searchsorted(np.cumsum(labelled.num_atoms), first, side="right"))

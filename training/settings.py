@@ -53,21 +53,28 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     values = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of settings to values, got a {type(values).__name__}.")
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in {path}. Known keys: {', '.join(fields)}.")
     for name, value in flags.items():
         # A mapping is updated by its flag, not replaced: `--model hidden_size=64` changes that one value.
         values[name] = {**(values.get(name) or {}), **_key_values(name, value)} if isinstance(value, list) else value
-    for name, value in values.items():
-        choices = fields[name].metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (in quotes), got {value!r}.")
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise ValueError(
             f"{path or 'The command'} gives no {', '.join(missing)}. "
             f"{'Add the key there or give the flag' if path else 'Give the flag'}."
         )
+    return settings_from(settings_class, values, path)
+
+
+def settings_from(settings_class: type[S], values: Mapping[str, Any], place: Any) -> S:
+    """Settings from values as a YAML file or flags give them; `place` is where they stand."""
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    hints = get_type_hints(settings_class)
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in {place}. Known keys: {', '.join(fields)}.")
+    for name, value in values.items():
+        choices = fields[name].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (in quotes), got {value!r}.")
     return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
 
 
