@@ -498,6 +498,7 @@ def test_nothing_is_deleted_before_the_data_are_checked(base, table, tmp_path):
             table,
             "Unknown key 'tasc' in preproc",
         ),
+        (["--targets", "size", "--preprocessing", "hydrogens=add"], table, "hydrogens='add'"),
         (["--targets", "z"], data, "'z'"),
         (
             ["--targets", "oxygen", "--modality", "2d+3d"],

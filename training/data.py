@@ -1,7 +1,7 @@
 """A preprocessed dataset -> padded batches."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -66,14 +66,18 @@ class PreprocessedDataset:
 
     def check(self, processor: MoleBlendProcessor) -> None:
         """Raise unless the graphs are those that this processor would make."""
-        stored = self.about["processor"]
-        if differing := [name for name in ROW_SETTINGS if getattr(processor, name) != stored[name]]:
-            name = differing[0]
-            raise ValueError(
-                f"The dataset {self.name!r} was made with {name}={stored[name]!r}, but the model's processor has "
-                f"{getattr(processor, name)!r}: it would be trained on other graphs than it is used with. Preprocess with "
-                f"--{name} {getattr(processor, name)}."
-            )
+        check_same_graphs(self.name, self.about["processor"], processor)
+
+
+def check_same_graphs(dataset: str, made: Mapping[str, Any], processor: MoleBlendProcessor) -> None:
+    """Raise unless a dataset that is made with these settings has the graphs that the processor would make."""
+    if differing := [name for name in ROW_SETTINGS if getattr(processor, name) != made[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"The dataset {dataset!r} was made with {name}={made[name]!r}, but the model's processor has "
+            f"{getattr(processor, name)!r}: it would be trained on other graphs than it is used with. Preprocess with "
+            f"--{name} {getattr(processor, name)}."
+        )
 
 
 def open_dataset(name: str | Path) -> PreprocessedDataset:

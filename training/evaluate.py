@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     making = None if is_preprocessed(settings.input) else preprocessing(settings, processor, model, targets)
     if making is not None:
-        checked_source(making)  # raises before anything is deleted
+        checked_source(making, processor)  # raises before anything is deleted
         preprocess_into(output_dir, making)
     dataset = open_dataset(settings.input if making is None else making.output)
     dataset.check(processor)

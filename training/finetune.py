@@ -639,7 +639,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     making = None if is_preprocessed(settings.input) else preprocessing(settings, checkpoint)
     with accelerator.main_process_first():
         if making is not None and accelerator.is_main_process:
-            targets = [dataclasses.asdict(target) for target in checked_source(making).targets]
+            targets = [dataclasses.asdict(target) for target in checked_source(making, checkpoint).targets]
             task_of(settings, making.input, targets)  # raises before anything is deleted
             preprocess_into(output_dir, making)
         dataset = open_dataset(settings.input if making is None else making.output)

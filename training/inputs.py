@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import preprocess
+from data import check_same_graphs
 from files import empty
 from moleblend_hf import MoleBlendProcessor
 from preprocess import PreprocessingSettings
@@ -37,8 +38,9 @@ def preprocessing_of(
     return settings_from(PreprocessingSettings, given, "preprocessing")
 
 
-def checked_source(settings: PreprocessingSettings) -> Source:
-    """The source of a preprocessing, after all is checked that can be before a row is read."""
+def checked_source(settings: PreprocessingSettings, processor: MoleBlendProcessor) -> Source:
+    """The source of a preprocessing for a checkpoint's processor, after all is checked that can be before a row is read."""
+    check_same_graphs(settings.input, vars(settings), processor)
     source = preprocess.opened_source(settings)
     preprocess.part_settings(settings, source)  # raises for units that cannot be converted
     return source
