@@ -108,6 +108,11 @@ def test_semicolons_are_recognised(tmp_path):
     assert rows(open_source("csv", write(tmp_path / "b.csv", "smiles|y\nC|1\n"), delimiter="|"))[0].smiles == "C"
 
 
+def test_an_empty_cell_of_a_table_of_one_column_is_a_row_and_a_blank_line_is_none(tmp_path):
+    path = write(tmp_path / "a.csv", 'smiles\nCCO\n""\n\n  \nCCC\n')
+    assert [record.smiles for record in rows(open_source("csv", path))] == ["CCO", "", "CCC"]
+
+
 def test_columns_of_one_name_are_numbered(tmp_path):
     path = write(tmp_path / "a.csv", "smiles,y,y,y.1\nC,1,2,3\n")
     assert rows(open_source("csv", path, targets=["y", "y.1", "y.1.1"]))[0].targets == ("1", "2", "3")
@@ -162,7 +167,7 @@ def test_truncated_gzip_gives_the_rows_before_and_says_so(tmp_path, kind):
 
 @pytest.mark.parametrize("header", ["", "SMILES Name\n"])
 def test_smi(tmp_path, header):
-    lines = "CCO ethanol\n\nC\nC1CC1 |$R1;;$| ring, small\tnote\nC |a|\n  N\tammonia\n"
+    lines = "CCO ethanol\n\nC\nC1CC1 |$R1;;$| ring, small\tnote\nC |a|\n  N\tammonia\n\tCO\n \tCO\n CO\n  \t \n"
     source = open_source("smi", write(tmp_path / "a.smi", header + lines))
     assert [(record.id, record.smiles) for record in rows(source)] == [
         ("ethanol", "CCO"),
@@ -170,6 +175,7 @@ def test_smi(tmp_path, header):
         ("ring, small", "C1CC1 |$R1;;$|"),
         ("3", "C |a|"),
         ("ammonia", "N"),
+        *[("CO", "")] * 3,
     ]
 
 

@@ -351,7 +351,8 @@ def _read_rows(path: Path, delimiter: str) -> Iterator[list[str] | str]:
             except DAMAGE as error:
                 yield f"lies where {path.name} is damaged, at line {line}: {error}"
                 return
-            if len(row) > 1 or (row and row[0].strip()):
+            # A blank line is no row; the empty cell of a table of one column is, and is quoted to be told from one.
+            if len(row) > 1 or row == [""] or (row and row[0].strip()):
                 yield row
 
 
@@ -408,7 +409,7 @@ def _open_csv(kind: str, input: str, options: _Options) -> Source:
 # SMILES files
 
 # A CXSMILES extension belongs to the SMILES although there is a space before it.
-_SMI_LINE = re.compile(r"(\S+(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
+_SMI_LINE = re.compile(r"(\S*(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
 
 
 def _open_smi(input: str, options: _Options) -> Source:
@@ -421,9 +422,10 @@ def _read_smi(path: Path) -> Iterator[Record]:
     row = 0
     with open_text(path) as file:
         try:
-            for line in file:
-                match = _SMI_LINE.match(line.strip())
-                if match is None or (row == 0 and match[1].lower() == "smiles"):
+            for line in map(str.rstrip, file):
+                # A line that starts with its delimiter has no SMILES: the name must not be taken for one.
+                match = cast(re.Match[str], _SMI_LINE.match(line.lstrip(" ") if "\t" in line else line))
+                if not line or (row == 0 and match[1].lower() == "smiles"):
                     continue
                 yield Record(row, match[2].strip() or str(row), match[1])
                 row += 1
