@@ -245,6 +245,9 @@ def test_ids_that_were_said_to_be_ids_are_unique_and_guessed_ones_need_not_be(tm
     folder = run(tmp_path, content)
     assert rejected(folder) == []
     assert about(folder)["num_repeated_ids"] == 2
+    folder = run(tmp_path, "smiles,id\nC,1\nCC,\nCCC,2\nCCCC,3\nN,\n", "--id_column", "id")
+    assert rejected(folder) == []
+    assert rows_of(folder)["id"].to_pylist() == ["1", "row 1", "2", "3", "row 4"]
 
 
 def test_duplicates_are_kept_reported_or_dropped(tmp_path):

@@ -5,6 +5,7 @@ import gzip
 import io
 import shutil
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from typing import IO, cast
 
 DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
 GZIP = b"\x1f\x8b"
+WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
 NOT_TEXT = (  # how files start that are often found under the name of another
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
@@ -24,6 +26,22 @@ NOT_TEXT = (  # how files start that are often found under the name of another
     (b"<!doctype", "a web page", "Download the file again; the address led to a page about it"),
     (b"<html", "a web page", "Download the file again; the address led to a page about it"),
 )
+
+
+def _decoded_as_windows(error: UnicodeError) -> tuple[str, int]:
+    """Bytes that are no UTF-8 as characters that tell them apart; the five that Windows-1252 leaves free are controls."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    warnings.warn(
+        "There is text that is not UTF-8; it is read as Windows-1252, as Excel saves it. If its letters are wrong, save the "
+        "file as UTF-8.",
+        stacklevel=2,
+    )
+    wrong = error.object[error.start : error.end]
+    return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in wrong), error.end
+
+
+codecs.register_error(WINDOWS, _decoded_as_windows)
 
 
 def check_does_not_hold(folder: Path, name: str, path: str | Path) -> None:
@@ -102,8 +120,9 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
             if sdf is None:
                 raise ValueError(f"The archive {path} holds no file that ends in .sdf. Give one that does.")
             file = cast(io.BufferedReader, archive.extractfile(sdf))
-        encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors="replace", newline=newline))
+        is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding, errors = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", WINDOWS)
+        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline))
 
 
 def check_text(path: Path, expected: str, tar: bool = False) -> None:

@@ -8,7 +8,7 @@ After an interrupt   the same command: parts that are done are kept, and the out
 
 The output has a row for each row of the input, in its order:
 
-id, smiles           as given; id: the row number where there is none; smiles of an SDF: RDKit's
+id, smiles           as given; id: the row number, or "row N" where a column of ids has none; smiles of an SDF: RDKit's
 TARGET               prediction in the target's own unit, or the probability that a binary target is 1, or of a class
 TARGET_ensemble_spread    sample standard deviation over the members, of an ensemble
 TARGET_conformer_spread   the same over the conformers of the molecule, where the model sees several

@@ -59,7 +59,7 @@ class Record:
     """One row of a source as it is written there; nothing is parsed by RDKit yet."""
 
     row: int  # position in the source, from 0
-    id: str  # from the id column or the title, else the row
+    id: str  # from the id column or the title, else the row; "row N" where a column of ids has none
     smiles: str | None = None  # without surrounding whitespace
     sdf: str | None = None  # text of an SDF record, without its "$$$$" line
     coordinates: list | None = None  # nested (C, n, 3) lists in angstrom, in the atom order of `smiles`
@@ -303,6 +303,11 @@ def _listed(names: Iterable[str], limit: int = MAX_NAMES_IN_NOTE) -> str:
     return ", ".join(map(repr, names[:limit])) + more
 
 
+def _id_in(cell: str, row: int) -> str:
+    """The id in a cell of a column of ids; where it is empty, one that is no number, which other cells may hold."""
+    return cell.strip() or f"row {row}"
+
+
 def _value(text: str) -> str | None:
     text = text.strip()
     return None if text.lower() in MISSING_VALUES else text
@@ -375,7 +380,7 @@ def _read_table(table: _Table, columns: _Columns) -> Iterator[Record]:
         else:
             yield Record(
                 row,
-                (fields[identifier].strip() if identifier is not None else "") or str(row),
+                str(row) if identifier is None else _id_in(fields[identifier], row),
                 None if smiles is None else fields[smiles].strip(),
                 targets=tuple([_value(text) if (text := fields[index]) else None for index in targets]),
                 split=None if split is None else _value(fields[split]),
@@ -524,7 +529,7 @@ def _read_sdf(path: Path, columns: _Columns) -> Iterator[Record]:
             fields = _sdf_fields(text)
             record = replace(
                 record,
-                id=record.id if columns.id is None else fields.get(columns.id) or str(row),
+                id=record.id if columns.id is None else _id_in(fields.get(columns.id, ""), row),
                 targets=tuple(_value(fields.get(name, "")) for name in columns.targets),
                 split=None if columns.split is None else _value(fields.get(columns.split, "")),
             )
@@ -777,7 +782,7 @@ def _read_batches(
         for index, text in enumerate(smiles):
             yield Record(
                 row,
-                ("" if ids[index] is None else str(ids[index]).strip()) or str(row),
+                str(row) if columns.id is None else _id_in("" if ids[index] is None else str(ids[index]), row),
                 "" if text is None else str(text).strip(),
                 coordinates=_conformers(coordinates[index]),
                 targets=tuple([_cell(batch[name][index]) for name in columns.targets]),
