@@ -100,6 +100,17 @@ TWO, THREE, NUMBERED = ("inactive", "active"), ("low", "medium", "high"), ("1", 
         ("classification", TWO, "active", 1),
         ("classification", TWO, 0.0, 0),
         ("classification", (), "1", 1),
+        ("classification", (), True, 1),
+        ("classification", (), " TRUE", 1),
+        ("classification", (), "false", 0),
+        ("classification", TWO, True, 1),
+        ("classification", ("True", "False"), True, 0),
+        ("classification", ("True", "False"), False, 1),
+        ("classification", ("TRUE", "FALSE"), False, 1),
+        ("classification", ("False", "True"), "True", 1),
+        ("classification", ("1", "0"), True, 0),
+        ("classes", ("unknown", "false", "true"), True, 2),
+        ("regression", (), True, 1),
     ],
 )
 def test_classes_are_stored_as_their_index(task, names, value, expected):
@@ -120,10 +131,15 @@ def test_classes_are_stored_as_their_index(task, names, value, expected):
         ("classification", TWO, "2", "none of its classes inactive, active"),
         ("classification", (), "2", "neither 0 nor 1"),
         ("classification", (), "active", "no number"),
+        ("classification", TWO, "True", "none of its classes inactive, active"),
+        ("classes", ("true", "unknown"), False, "none of its classes true, unknown"),
+        ("regression", (), "True", "no number"),
+        ("regression", (), "1_000", "no number"),
+        ("classes", (), "1_0", "no index of a class"),
     ],
 )
 def test_what_is_no_class_is_rejected(task, names, value, what):
-    with pytest.raises(MoleculeError, match=f"has {value!r} for target 'y', which is {what}"):
+    with pytest.raises(MoleculeError, match=f"has '?{value}'? for target 'y', which is {what}"):
         stored_number(value, Target("y", task=task, class_names=names))
 
 
@@ -183,6 +199,10 @@ def test_classes_are_written_with_their_names(tmp_path):
     assert "| `tox` | classes (0 low, 1 medium, 2 high) |" in (folder / "README.md").read_text()
     flags = "--targets active --tasks active=classification --class_names inactive,active"
     assert rows_of(run(tmp_path, content, *flags.split()))["active"].to_pylist() == [1, None, 0, 1, 1, 0]
+    flags = "--targets active --tasks active=classification --class_names True,False"
+    content = {"smiles": ["C", "CC", "CCC"], "active": [True, False, None]}
+    folder = run(tmp_path, content, *flags.split(), source="parquet")
+    assert rows_of(folder)["active"].to_pylist() == [0, 1, None]
 
 
 def written(seed: int = 0) -> list[Chem.Mol]:

@@ -800,7 +800,7 @@ def _conformers(coordinates: list | None) -> list | None:
 
 
 def _cell(value: Any) -> str | float | list | None:
-    if value is None or isinstance(value, list):
+    if value is None or isinstance(value, bool | list):
         return value
     if isinstance(value, str):
         return _value(value)

@@ -18,6 +18,7 @@ from moleblend_hf.molecules_moleblend import FeaturizationSettings, MoleculeErro
 
 TASKS = ("regression", "classification", "classes")  # numbers; 0 and 1; indices of classes
 MISSING_VALUES = frozenset(("", "nan", "na", "n/a", "none", "null"))
+BOOLEANS = {"false": 0.0, "true": 1.0}
 LARGEST = float(np.finfo(np.float32).max)  # value of an atom that is stored
 
 _MARKER = re.compile(r"\[([^\s\]]*)\]\s+")
@@ -46,6 +47,11 @@ def check_class_names(names: Sequence[str], targets: Iterable[Target]) -> None:
 
 def stored_number(value: str | float, target: Target, factor: float = 1.0) -> float:
     """The number that a cell of a target is stored as: the index of a class, else the value times `factor`."""
+    if isinstance(value, bool):
+        # Classes that are named so may be in any order; else it is 1 or 0.
+        booleans = [name for name in target.class_names if name.lower() in BOOLEANS]
+        named = next((name for name in booleans if BOOLEANS[name.lower()] == value), str(value))
+        value = named if booleans else float(value)
     text = value.strip() if isinstance(value, str) else f"{value:g}"
     if text in target.class_names:
         return float(target.class_names.index(text))
@@ -60,6 +66,8 @@ def stored_number(value: str | float, target: Target, factor: float = 1.0) -> fl
     elif target.task == "classes":
         fits, expected = number >= 0 and number.is_integer(), "no index of a class (0, 1, 2, ...)"
     else:
+        if target.task == "classification":  # as the columns of booleans that Parquet has
+            number = BOOLEANS.get(text.lower(), number)
         fits, expected = (
             math.isfinite(number) and abs(number) <= (LARGEST if target.of_atoms else math.inf),
             "no number",
@@ -126,6 +134,6 @@ class AtomOrder:
 
 def _as_number(value: str | float) -> float:
     try:
-        return float(value)
+        return math.nan if "_" in str(value) else float(value)  # Python reads 1_000, where it is no number
     except ValueError:
         return math.nan
