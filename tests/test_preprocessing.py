@@ -211,13 +211,25 @@ def test_targets_are_converted_and_missing_ones_are_null(tmp_path):
         ("--split given", r"the source names no splits. Name their column with --split_column"),
         ("--num_proc 0", r"num_proc must be 1 or more, got 0"),
         ("--molecule_time_limit 0", r"must be more than 0 seconds, got 0.0"),
-        ("--split random --split_fractions 1,1,1", r"fractions must be three"),
         ("--conformer_cache {folder}/input.csv", r"cannot be used as a cache of conformers: file is not a database"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, "smiles,gap\n" + "C,1\n" * 20, *flags.format(folder=tmp_path).split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--split random --split_fractions 0.8,0.2", r"fractions must be three .*got \(0.8, 0.2\)"),
+        ("--without nosuch", "There is no dataset folder 'nosuch'"),
+    ],
+)
+def test_what_puts_the_parts_together_is_checked_before_they_are_made(tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path, "smiles\nC\n", *flags.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_column_that_names_no_splits(tmp_path):
@@ -488,6 +500,10 @@ def test_molecules_of_other_datasets_are_left_out_however_they_are_written(tmp_p
         (2, "2", "C1=CC=CC=C1", "excluded", f"is in {tested.name} (InChIKey)"),
     ]
     assert [row["smiles"] for row in pq.read_table(output / "data").to_pylist()] == ["CCN", "CCC"]
+    inside = tested.rename(output / "tested")
+    with pytest.raises(ValueError, match=r"The output, .*, holds without, .*tested', but is emptied at the start"):
+        run(tmp_path, "smiles\nCCO\n", "--without", str(inside))
+    inside.rename(tested)
     with pytest.raises(ValueError, match="without compares InChIKeys"):
         run(tmp_path, "smiles\nCCO\n", "--without", str(tested), "--duplicates", "keep")
     bare = run(tmp_path / "test", "smiles\nOCC\n", "--duplicates", "keep")
@@ -609,6 +625,29 @@ def test_an_unfinished_run_is_not_continued_with_other_settings_or_files(table, 
     os.utime(table)
     with pytest.raises(ValueError, match="holds an unfinished run with other input files or versions"):
         preprocess.main(argv)
+
+
+def test_an_unfinished_run_goes_on_with_overwrite_and_where_the_parts_are_put_together_another_way(
+    table, done, tmp_path, monkeypatch
+):
+    argv = [*arguments(table), "--output", str(tmp_path / "out"), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "assemble", None)
+        with pytest.raises(TypeError):
+            preprocess.main(
+                [*argv, *"--rows_per_file 7 --split_seed 1 --duplicates drop --without".split(), str(done)]
+            )
+    made: list[int] = []
+
+    def noted(parts, *args):
+        return engines.run_locally((made.append(part.index) or part for part in parts), *args)
+
+    monkeypatch.setattr(preprocess, "run_locally", noted)
+    preprocess.main(argv)
+    assert made == []
+    assert same(done, tmp_path / "out")
+    preprocess.main(argv)  # what is finished is replaced
+    assert made == list(range(10))
 
 
 def test_a_folder_is_not_overwritten_unasked(table, tmp_path):

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,11 +230,18 @@ def _without_doubles(
     return keep, reasons
 
 
+def check_without(folders: Iterable[str]) -> None:
+    """Raise unless these are preprocessed datasets with InChIKeys."""
+    for folder in folders:
+        if any("inchikey" not in rows.column_names for rows in open_dataset(folder).splits.values()):
+            raise ValueError(
+                f"The dataset {folder!r} has no InChIKeys. Preprocess it with --duplicates report or drop."
+            )
+
+
 def _inchikeys_of(folder: str) -> set[str]:
     """Of all molecules of a preprocessed dataset."""
     splits = open_dataset(folder).splits.values()
-    if any("inchikey" not in rows.column_names for rows in splits):
-        raise ValueError(f"The dataset {folder!r} has no InChIKeys. Preprocess it with --duplicates report or drop.")
     return {inchikey for rows in splits for inchikey in rows["inchikey"] if inchikey is not None}
 
 

@@ -8,7 +8,7 @@ Values of atoms      ... --source sdf --input my.sdf --atom_targets shift,charge
 Not what is tested   ... --without data/bbbp,data/bace    (their molecules, by InChIKey)
 With conformers      ... --modality 2d+3d --num_conformers 4 --conformer_cache conformers.sqlite
 On a Ray cluster     ... --engine ray --num_proc 256, with OUTPUT on a file system that all machines share
-After an interrupt   the same command: parts that are done are kept
+After an interrupt   the same command: parts that are done are kept, also with --overwrite
 
 Every row of the source ends up either in the dataset or in rejected.parquet. The content does not depend on the engine or the
 number of processes.
@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from assemble import ABOUT, Assembly, assemble, publish
+from assemble import ABOUT, Assembly, assemble, check_without, publish
 from conformers import ConformerCache
 from dataset_card import write_dataset_card
 from engines import ENGINES, run_locally, run_on_ray
@@ -38,7 +38,7 @@ from parts import Part, PartSettings, makes_conformers
 from reporting import versions
 from settings import load_settings, setting
 from sources import SOURCES, Record, Source, count_rows, open_source
-from splits import SCAFFOLD_SPLITS, SPLITS
+from splits import SCAFFOLD_SPLITS, SPLITS, check_fractions
 from units import dimension_of, factor
 
 # What is done again after an interrupt, and how often the progress bar moves. A conformer takes 100 times longer than all
@@ -111,7 +111,9 @@ class PreprocessingSettings:
     limit: int | None = setting("rows", "read only the first so many rows", None)
 
     output: str = setting("output", "folder of the dataset")
-    overwrite: bool = setting("output", "delete what is in OUTPUT", False)
+    overwrite: bool = setting(
+        "output", "delete what is in OUTPUT, but for an unfinished run of the same command", False
+    )
     num_proc: int = setting("output", "processes that featurize; one more reads and writes", 1)
     engine: str = setting("output", "local processes or a Ray cluster", "local", choices=ENGINES)
     rows_per_file: int = setting("output", "rows of a Parquet file", 100_000)
@@ -135,11 +137,19 @@ class PreprocessingSettings:
             )
         if self.without and self.duplicates == "keep":
             raise ValueError("without compares InChIKeys, which duplicates='keep' does not make. Use report or drop.")
+        check_fractions(tuple(self.split_fractions))
 
     def that_shape_the_content(self) -> dict[str, Any]:
         """All settings but those that say where and how fast."""
         free = ("output", "overwrite", "num_proc", "engine", "push_to_hub", "private", "conformer_cache", *SAID)
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+    def that_shape_the_parts(self) -> dict[str, Any]:
+        """Of these all but what only puts the parts together, which may change before an interrupted run goes on."""
+        free = ("without", "split_fractions", "split_seed", "rows_per_file")
+        settings = {name: value for name, value in self.that_shape_the_content().items() if name not in free}
+        scaffold = self.split if self.split in SCAFFOLD_SPLITS else None
+        return settings | {"split": scaffold, "duplicates": self.duplicates == "keep"}
 
     def featurization(self) -> FeaturizationSettings:
         """The settings that a processor has too."""
@@ -220,41 +230,41 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     """The folder of the parts, new or as an interrupted run of the same settings on the same files left it."""
     output = Path(settings.output)
     work = output / ".parts"
-    if settings.overwrite:
-        for file in source.files:
-            check_does_not_hold(output, "input", file)
-        if settings.conformer_cache is not None:
-            check_does_not_hold(output, "conformer_cache", settings.conformer_cache)
-        shutil.rmtree(output, ignore_errors=True)
-    elif (output / ABOUT).exists():
-        raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")
-    elif output.is_dir() and not work.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty, and no run of this script left it. Choose another --output.")
     identity = {
-        "settings": settings.that_shape_the_content(),
+        "settings": settings.that_shape_the_parts(),
         "versions": versions("moleblend_hf", "rdkit"),
         "part_size": part_size(settings),
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files],
     }
     identity = json.loads(json.dumps(identity))
     path = work / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != identity:
-            changed = [
-                name for name in identity["settings"] if before["settings"].get(name) != identity["settings"][name]
-            ]
-            what = "input files or versions"
-            what = f"settings ({', '.join(changed)})" if changed else what
-            raise ValueError(
-                f"{output} holds an unfinished run with other {what}. Repeat that command, choose another --output, or start "
-                "anew with --overwrite."
-            )
-    else:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    is_finished = (output / ABOUT).exists()
+    if settings.overwrite and (is_finished or before != identity):  # or else it is a run of this command to go on with
+        read = [("input", file) for file in source.files]
+        read += [("without", folder) for folder in settings.without or ()]
+        read += [("conformer_cache", settings.conformer_cache)] if settings.conformer_cache is not None else []
+        for name, place in read:
+            check_does_not_hold(output, name, place)
+        path.unlink(missing_ok=True)  # before the parts that it speaks for
+        shutil.rmtree(output, ignore_errors=True)
+        before = None
+    elif is_finished:
+        raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")
+    elif output.is_dir() and not work.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty, and no run of this script left it. Choose another --output.")
+    if before is None:
         work.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")  # so that an interrupt leaves all of it or nothing
         partial.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+    elif before != identity:
+        changed = [name for name in identity["settings"] if before["settings"].get(name) != identity["settings"][name]]
+        what = f"settings ({', '.join(changed)})" if changed else "input files or versions"
+        raise ValueError(
+            f"{output} holds an unfinished run with other {what}. Repeat that command, choose another --output, or start "
+            "anew with --overwrite."
+        )
     for leftover in (*work.glob("*.partial"), *work.glob("marker-*")):
         leftover.unlink()
     return work
@@ -303,6 +313,7 @@ def run(settings: PreprocessingSettings, arguments: Sequence[str]) -> Assembly:
     for note in source.notes:
         print(note)
     part_settings(settings, source)  # raises for units that cannot be converted
+    check_without(settings.without or ())
     if settings.conformer_cache is not None:
         ConformerCache(settings.conformer_cache)  # raises for a file that is something else
     work = open_folder(settings, source)

@@ -86,7 +86,7 @@ def assign_splits(
     """
     if definition not in SPLITS:
         raise ValueError(f"Unknown split {definition!r}. Those there are: {', '.join(SPLITS)}.")
-    _check_fractions(fractions)
+    check_fractions(fractions)
     if definition == "random":
         return _assign_rows(rows, fractions, seed)
 
@@ -121,7 +121,7 @@ def split_hash(ids: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _check_fractions(fractions: tuple[float, float, float]) -> None:
+def check_fractions(fractions: tuple[float, ...]) -> None:
     """Refuse fractions that are not three shares of one."""
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(
