@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ import engines
 import parts
 import preprocess
 from content_hash import ContentHash
+from data import is_preprocessed, open_dataset
+from dataset_card import size_category
 from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.molecules_moleblend import FeaturizationSettings
 from parts import Part, PartSettings, after_failure
@@ -163,11 +166,22 @@ def test_rows_are_in_the_order_of_the_source_and_files_are_cut(done):
     assert pq.read_metadata(done / "data" / "train-00000-of-00002.parquet").num_rows == 150
 
 
-def test_a_source_of_which_nothing_is_left_is_a_dataset_all_the_same(tmp_path):
-    folder = run(tmp_path, "smiles\nC1\n")
-    assert (about(folder)["num_kept"], about(folder)["num_rejected"]) == (0, 1)
+def test_a_source_of_which_nothing_is_left_has_its_rejections_and_is_an_error(tmp_path):
+    folder = tmp_path / "out"
+    message = (
+        r"is empty: 3 rows of '.*input.csv' were read, and none was kept \(2 parse: .*: unclosed ring; 1 csv: has"
+    )
+    with pytest.raises(ValueError, match=rf"{message} .*See .*rejected.parquet, and repeat .* with --overwrite"):
+        run(tmp_path, "smiles\nC1\nC,C\nCC1\n", "--push_to_hub", "user/name")
+    assert (about(folder)["num_kept"], about(folder)["num_rejected"]) == (0, 3)
+    assert [row[2] for row in rejected(folder)] == ["C1", None, "CC1"]
     assert rows_of(folder, "train").num_rows == 0
-    assert rows_of(run(tmp_path, "smiles\n")).num_rows == 0
+    with pytest.raises(
+        ValueError, match=r"out' is empty: 3 rows were read, and none was kept. Its rejected.parquet says"
+    ):
+        open_dataset(folder)
+    with pytest.raises(ValueError, match=r"is empty: 0 rows of .*input.csv' were read, and none was kept. See"):
+        run(tmp_path, "smiles\n")
 
 
 def test_targets_are_converted_and_missing_ones_are_null(tmp_path):
@@ -634,9 +648,7 @@ def test_an_unfinished_run_goes_on_with_overwrite_and_where_the_parts_are_put_to
     with monkeypatch.context() as patch:
         patch.setattr(preprocess, "assemble", None)
         with pytest.raises(TypeError):
-            preprocess.main(
-                [*argv, *"--rows_per_file 7 --split_seed 1 --duplicates drop --without".split(), str(done)]
-            )
+            preprocess.main([*argv, "--rows_per_file", "7", "--duplicates", "drop", "--without", str(done)])
     made: list[int] = []
 
     def noted(parts, *args):
@@ -837,6 +849,18 @@ print(json.dumps([row["id"] for split in ("train", "test") for row in by_folder[
 """
 
 
+def test_a_path_may_have_the_characters_of_a_pattern(done, tmp_path):
+    folder = Path(shutil.copytree(done, tmp_path / "br[v2]*"))
+    assert {name: len(rows) for name, rows in open_dataset(folder).splits.items()} == {"train": 297, "test": 100}
+
+
+def test_what_may_be_a_dataset_of_ours(done):
+    assert is_preprocessed(str(done))
+    assert is_preprocessed("user/name.v2")
+    for name in ("data/nosuch.csv", "data/nosuch.SDF.gz", "nosuch", "a/b/c", str(done / "data")):
+        assert not is_preprocessed(name)
+
+
 def test_datasets_opens_it_with_nothing_of_ours(done, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", READ, str(done)], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -844,6 +868,21 @@ def test_datasets_opens_it_with_nothing_of_ours(done, tmp_path):
     assert result.returncode == 0, result.stderr
     expected = [*rows_of(done, "train")["id"].to_pylist(), *rows_of(done, "test")["id"].to_pylist()]
     assert json.loads(result.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "name"),
+    [
+        (0, "n<1K"),
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (10**7, "10M<n<100M"),
+        (3 * 10**8, "100M<n<1B"),
+        (10**12, "n>1T"),
+    ],
+)
+def test_sizes_have_the_names_of_the_hub(num_rows, name):
+    assert size_category(num_rows) == name
 
 
 def test_the_card_is_read_back(done):

@@ -1,5 +1,6 @@
 """A preprocessed dataset -> padded batches."""
 
+import glob
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 
 from moleblend_hf import FlatGraphs, MoleBlendProcessor
 from rows import FORMAT_VERSION, GRAPH_COLUMNS, GraphTable
+from sources import has_known_ending
 
 ABOUT = "preprocessing.json"
 
@@ -105,9 +107,14 @@ def open_dataset(name: str | Path) -> PreprocessedDataset:
             f"The dataset {str(name)!r} has format {about['format_version']}, but this version reads {FORMAT_VERSION}. "
             "Preprocess it again."
         )
+    if about.get("num_kept") == 0:
+        raise ValueError(
+            f"The dataset {str(name)!r} is empty: {about['num_read']:,} rows were read, and none was kept. Its rejected.parquet "
+            "says why."
+        )
     files_of: dict[str, list[str]] = {}
     for file in files:
-        files_of.setdefault(file.name.rsplit("-", 3)[0], []).append(str(file))
+        files_of.setdefault(file.name.rsplit("-", 3)[0], []).append(glob.escape(str(file)))
     splits = datasets.load_dataset("parquet", data_files=files_of, writer_batch_size=ROWS_A_BATCH)
     if missing_columns := sorted(set(GRAPH_COLUMNS) - set(next(iter(splits.values())).column_names)):
         raise ValueError(f"The dataset {str(name)!r} has no column {missing_columns[0]!r}. {_REMEDY}")
@@ -145,7 +152,8 @@ def open_together(names: Sequence[str]) -> PreprocessedDataset:
 
 def is_preprocessed(name: str) -> bool:
     """Whether this is a dataset that preprocess.py wrote, or a name on the Hub, and no file of molecules."""
-    return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and name.count("/") == 1)
+    is_hub_name = name.count("/") == 1 and not has_known_ending(name)
+    return (Path(name) / ABOUT).is_file() or (not Path(name).exists() and is_hub_name)
 
 
 _REMEDY = "Make one with training/preprocess.py; training/sample is an example."

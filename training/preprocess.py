@@ -45,6 +45,7 @@ from units import dimension_of, factor
 # the rest.
 RECORDS_A_PART = 1000
 CONFORMERS_A_PART = 100
+MAX_REASONS = 3  # named where all rows are rejected
 SAID = ("title", "citation", "license")  # by the source or the user, about the data
 DUPLICATES = ("keep", "report", "drop")
 # The field states QM9's energies in eV.
@@ -333,6 +334,14 @@ def run(settings: PreprocessingSettings, arguments: Sequence[str]) -> Assembly:
     publish(folder, Path(settings.output))
     shutil.rmtree(work)
     print(assembly.summary())
+    if not assembly.num_kept:
+        common = assembly.rejected_by_reason.most_common(MAX_REASONS)
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in common)
+        raise ValueError(
+            f"The dataset is empty: {assembly.num_read:,} rows of {settings.input!r} were read, and none was kept"
+            f"{f' ({reasons})' if reasons else ''}. See {Path(settings.output, 'rejected.parquet')}, and repeat the command "
+            "with --overwrite when they are fixed."
+        )
     if settings.push_to_hub:
         push(settings)
     return assembly

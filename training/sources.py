@@ -982,11 +982,19 @@ _ENDINGS |= {"parquet": "parquet"}
 FILES = tuple(dict.fromkeys(_ENDINGS.values()))
 
 
+def _ending(path: str | Path) -> str:
+    return str(path).lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def has_known_ending(path: str | Path) -> bool:
+    """Whether `source_of` tells what this is."""
+    return _ending(path) in _ENDINGS
+
+
 def source_of(path: str | Path) -> str:
     """The kind of source that the ending of a file's name tells, of `FILES`; the file may be gzipped."""
-    ending = str(path).lower().removesuffix(".gz").rsplit(".", 1)[-1]
-    if ending not in _ENDINGS:
+    if not has_known_ending(path):
         raise ValueError(
             f"{str(path)!r} does not end in {', '.join(f'.{name}' for name in _ENDINGS)}. Say what it is with --source."
         )
-    return _ENDINGS[ending]
+    return _ENDINGS[_ending(path)]
