@@ -1,5 +1,6 @@
 """training/sources.py: every kind of source gives its rows as they are written, and says what it cannot read."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -675,7 +676,9 @@ def test_missing_file(tmp_path, kind):
         ("a.csv", gzip.compress(b"<html>", mtime=0), "is a web page"),
         ("a.xlsx", b"PK\x03\x04...", "is a zip archive or an Excel workbook"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS.*git lfs pull"),
-        ("a.csv", b"PAR1...", "is a Parquet file.*source 'parquet'"),
+        ("a.csv", b"PAR1\x15\x04\x15", "is a Parquet file.*source 'parquet'"),
+        ("a.csv", bz2.compress(b"smiles\nC\n"), "is compressed by bzip2; .* Unpack it"),
+        ("a.csv", bz2.compress(b""), "is compressed by bzip2"),
         ("a.csv", b"", "is empty"),
         ("a.csv", gzip.compress(b"smiles\nC\n", mtime=0)[:11], "is damaged: nothing in it can be unpacked"),
     ],
@@ -683,6 +686,12 @@ def test_missing_file(tmp_path, kind):
 def test_file_that_is_not_what_its_name_says(tmp_path, kind, name, content, message):
     with pytest.raises(ValueError, match=message):
         open_source(kind, write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("name", ["PAR1_pIC50", "par1", "BZh1", "pk", "version https"])
+def test_a_column_may_be_named_like_the_start_of_another_file(tmp_path, name):
+    path = write(tmp_path / "a.csv", f"{name},smiles\n1,C\n")
+    assert rows(open_source("csv", path, targets=[name])) == [Record(0, "0", "C", targets=("1",))]
 
 
 def test_what_is_no_sdf(tmp_path):

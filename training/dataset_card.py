@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,5 +68,6 @@ def plot_sizes(assembly: Assembly, path: Path) -> None:
 
 def size_category(num_rows: int) -> str:
     """The Hub's name for a number of rows."""
-    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
-    return next((name for limit, name in limits.items() if num_rows < limit), "10M<n<100M")
+    powers = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    names = [f"n<{powers[0]}", *map("<n<".join, pairwise(powers)), f"n>{powers[-1]}"]
+    return names[sum(num_rows >= 10**power for power in range(3, 3 + len(powers)))]

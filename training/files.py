@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 import shutil
 import tarfile
 import warnings
@@ -15,16 +16,16 @@ from typing import IO, cast
 DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
 GZIP = b"\x1f\x8b"
 WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
-NOT_TEXT = (  # how files start that are often found under the name of another
-    (b"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
-    (b"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
-    (b"BZh", "compressed by bzip2", "Unpack it"),
-    (b"\xfd7zXZ", "compressed by xz", "Unpack it"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "Unpack it"),
-    (b"PAR1", "a Parquet file", "Read it as source 'parquet'"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file", "Run `git lfs pull`"),
-    (b"<!doctype", "a web page", "Download the file again; the address led to a page about it"),
-    (b"<html", "a web page", "Download the file again; the address led to a page about it"),
+NOT_TEXT = (  # patterns of how files start that are often found under the name of another, and no text does
+    (rb"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
+    (rb"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "compressed by bzip2", "Unpack it"),
+    (rb"\xfd7zXZ", "compressed by xz", "Unpack it"),
+    (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "Unpack it"),
+    (rb"PAR1\x15", "a Parquet file", "Read it as source 'parquet'"),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file", "Run `git lfs pull`"),
+    (rb"(?i)\s*<!doctype", "a web page", "Download the file again; the address led to a page about it"),
+    (rb"(?i)\s*<html", "a web page", "Download the file again; the address led to a page about it"),
 )
 
 
@@ -133,7 +134,7 @@ def check_text(path: Path, expected: str, tar: bool = False) -> None:
         state = "is damaged: nothing in it can be unpacked" if packed and path.stat().st_size else "is empty"
         raise ValueError(f"{path} {state}; {expected} was expected. Fetch it again.")
     for magic, what, remedy in NOT_TEXT:
-        if head.lstrip().lower().startswith(magic.lower()):
+        if re.match(magic, head):
             raise ValueError(f"{path} is {what}; {expected} was expected. {remedy}.")
     if path.suffix in (".gz", ".tgz") and not packed:
         raise ValueError(f"{path} is not gzipped, as its name says. Fetch it again, or rename it if it is complete.")

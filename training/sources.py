@@ -428,8 +428,8 @@ def _read_smi(path: Path) -> Iterator[Record]:
     with open_text(path) as file:
         try:
             for line in map(str.rstrip, file):
-                # A line that starts with its delimiter has no SMILES: the name must not be taken for one.
-                match = cast(re.Match[str], _SMI_LINE.match(line.lstrip(" ") if "\t" in line else line))
+                # What starts with a tab has no SMILES: the name must not be taken for one.
+                match = cast(re.Match[str], _SMI_LINE.match(line.lstrip(" ")))
                 if not line or (row == 0 and match[1].lower() == "smiles"):
                     continue
                 yield Record(row, match[2].strip() or str(row), match[1])
