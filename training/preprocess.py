@@ -242,11 +242,12 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     is_finished = (output / ABOUT).exists()
     if settings.overwrite and (is_finished or before != identity):  # or else it is a run of this command to go on with
-        read = [("input", file) for file in source.files]
-        read += [("without", folder) for folder in settings.without or ()]
-        read += [("conformer_cache", settings.conformer_cache)] if settings.conformer_cache is not None else []
-        for name, place in read:
-            check_does_not_hold(output, name, place)
+        for file in source.files:
+            check_does_not_hold(output, "input", file)
+        for folder in settings.without or ():
+            check_does_not_hold(output, "without", folder)
+        if settings.conformer_cache is not None:
+            check_does_not_hold(output, "conformer_cache", settings.conformer_cache)
         path.unlink(missing_ok=True)  # before the parts that it speaks for
         shutil.rmtree(output, ignore_errors=True)
         before = None
