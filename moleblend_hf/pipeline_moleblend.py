@@ -20,7 +20,6 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .molecules_moleblend import MoleculeError
 from .prediction_moleblend import (
     GraphMemoryError,
     Predictions,
@@ -110,7 +109,10 @@ class MoleBlendPipeline(Pipeline):
         """Returns the graph of a molecule, or why there is none; graphs are padded when their batch is known."""
         try:
             return {"graph": self.feature_extractor.featurize(input_), "error": None}
-        except MoleculeError as error:  # which is this molecule's, whatever other threads featurize
+        except ValueError as error:
+            # A MoleculeError, of the processor's own module: that may be another copy than the one beside this file.
+            if not hasattr(error, "remedy"):
+                raise
             return {"graph": None, "error": error.reason}
 
     def _forward(self, input_tensors: dict[str, Any], output: str = "prediction") -> Any:  # type: ignore[override]

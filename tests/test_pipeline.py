@@ -56,6 +56,15 @@ def test_one_molecule_has_one_answer_and_none_readable_is_no_problem():
     assert [answer["error"] is None for answer in predict(["C1CC", "c1"])] == [False, False]
 
 
+def test_what_others_had_rejected_by_the_processor_is_neither_told_nor_changed():
+    """Threads may share one."""
+    predict = of(fine_tuned())
+    predict.feature_extractor.featurize_many([3], on_error="skip")
+    before = predict.feature_extractor.rejected
+    assert "could not be parsed" in predict("C1CC")["error"]
+    assert predict.feature_extractor.rejected == before
+
+
 def test_spreads_and_intervals_are_named():
     ensemble = MoleBlendEnsembleForSequenceClassification.from_members([fine_tuned(), fine_tuned()])
     ensemble.config.conformal_coverage, ensemble.config.conformal_quantiles = 0.9, [0.5, None]
