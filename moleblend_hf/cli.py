@@ -405,7 +405,7 @@ def _prediction_columns(predictor: MoleBlendPipeline) -> list[tuple[str, str]]:
             columns.append((f"{name}_set", "text"))
     if is_classes:
         columns.append(("prediction", "text"))
-        if config.conformal_quantiles:
+        if config.conformal_quantiles and config.conformal_quantiles[0] is not None:
             columns.append(("prediction_set", "text"))
     of_atoms = type(predictor.model).__name__.endswith("ForTokenClassification")
     return [(name, f"[{kind}]") for name, kind in columns] if of_atoms else columns

@@ -181,7 +181,8 @@ def named_predictions(predictions: Predictions, config: Any) -> list[dict[str, A
                 answer["prediction_set"] = _members(sets[row], names)
         elif sets is not None:
             for index, name in enumerate(names):
-                by_name[name]["prediction_set"] = _members(sets[row, index], range(2))
+                if config.conformal_quantiles[index] is not None:  # or else it holds both, and tells nothing
+                    by_name[name]["prediction_set"] = _members(sets[row, index], range(2))
         found.append(answer)
     return found
 

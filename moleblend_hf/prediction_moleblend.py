@@ -114,7 +114,7 @@ def predict_graphs(
         ]
         conformer_spread = joined(deviations)
     lower = upper = prediction_sets = None
-    if config.conformal_quantiles is not None:
+    if any(quantile is not None for quantile in config.conformal_quantiles or ()):
         quantiles = np.array([np.nan if q is None else q for q in config.conformal_quantiles])
         if problem_type == "regression":
             lower, upper = _interval(values, quantiles, config)

@@ -90,6 +90,10 @@ def test_classes_and_binary_targets_have_prediction_sets():
     answer = of(fine_tuned(problem_type="multi_label_classification", **calibration))("CCO")
     assert answer["predictions"]["gap"]["prediction_set"] == [0, 1]
     assert answer["predictions"]["mu"]["prediction_set"] == []
+    calibration["conformal_quantiles"] = [1.0, None]
+    answer = of(fine_tuned(problem_type="multi_label_classification", **calibration))("CCO")
+    assert answer["predictions"]["gap"]["prediction_set"] == [0, 1]
+    assert "prediction_set" not in answer["predictions"]["mu"]
 
 
 def test_a_model_of_atoms_has_lists_in_the_order_of_the_input():

@@ -132,6 +132,8 @@ def test_prediction_sets_hold_the_classes_that_are_likely_enough():
     predictions = predict_graphs(classes, processor, graphs)
     np.testing.assert_array_equal(predictions.prediction_sets, 1 - predictions.values <= 0.7)
     assert predictions.lower is None
+    classes.config.conformal_quantiles = [None]  # of too few labels to calibrate on
+    assert predict_graphs(classes, processor, graphs).prediction_sets is None
 
 
 @pytest.mark.parametrize(
