@@ -111,7 +111,7 @@ class MoleBlendPipeline(Pipeline):
             return {"graph": self.feature_extractor.featurize(input_), "error": None}
         except ValueError as error:
             # A MoleculeError, of the processor's own module: that may be another copy than the one beside this file.
-            if not hasattr(error, "remedy"):
+            if not (hasattr(error, "reason") and hasattr(error, "remedy")):
                 raise
             return {"graph": None, "error": error.reason}
 

@@ -192,6 +192,11 @@ def test_a_part_of_a_preprocessed_dataset(tmp_path):
     assert test["models"] != validation["models"]
     with pytest.raises(ValueError, match=r"has no part 'dev'\. Choose of train, validation, test with --split"):
         run(folder, tmp_path / "data", tmp_path / "dev", "--split", "dev")
+    MoleBlendProcessor(modality="2d+3d").save_pretrained(folder)  # which makes conformers where there are none
+    with pytest.raises(
+        ValueError, match=r"made with modality='2d' and has no geometries of 16 of its 16 .* which modality"
+    ):
+        run(folder, tmp_path / "data", tmp_path / "bent")
 
 
 # Refusals

@@ -22,6 +22,7 @@ from rows import FORMAT_VERSION, GRAPH_COLUMNS, GraphTable
 from sources import has_known_ending
 
 ABOUT = "preprocessing.json"
+MADE_CONFORMERS = ("2d+3d", "3d")  # modalities of a dataset
 
 ROWS_A_BATCH = 100_000  # of the memory map, each of which costs an indexing a step
 
@@ -65,6 +66,16 @@ class PreprocessedDataset:
     def binary_class_names(self, targets: Sequence[str]) -> dict[str, list[str]]:
         """The names of 0 and 1, of those targets that have them."""
         return {target: names for target in targets if len(names := self.class_names(target)) == 2}
+
+    def check_geometries(self, modality: str) -> None:
+        """Raise unless there are the geometries that a processor of this modality shows, or the reason why one could not be made."""
+        made = self.about["processor"]["modality"]
+        num_flat = self.about["num_kept"] - self.about["num_with_coordinates"]
+        if num_flat and (modality == "3d" or (modality == "2d+3d" and made not in MADE_CONFORMERS)):
+            raise ValueError(
+                f"The dataset {self.name!r} was made with modality={made!r} and has no geometries of {num_flat:,} of its "
+                f"{self.about['num_kept']:,} molecules, which modality={modality!r} needs. Preprocess it with --modality {modality}."
+            )
 
     def check(self, processor: MoleBlendProcessor) -> None:
         """Raise unless the graphs are those that this processor would make."""

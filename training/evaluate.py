@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         preprocess_into(output_dir, making)
     dataset = open_dataset(settings.input if making is None else making.output)
     dataset.check(processor)
+    dataset.check_geometries(processor.modality)
     check_units(dataset, units)
     part = chosen_part(settings, dataset)
     rows = dataset.splits[part]

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from batches import StepBatches
 from calibration import calibrated_sets, conformal_quantiles
-from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
+from data import MADE_CONFORMERS, GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from files import check_may_be_emptied, empty
 from fingerprints import fingerprint_baseline
 from inputs import checked_source, preprocess_into, preprocessing_of
@@ -76,7 +76,6 @@ from tasks import PROBLEM_TYPES, Task, check_transforms
 
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
-MADE_CONFORMERS = ("2d+3d", "3d")  # modalities of a dataset
 NOT_OF_DATASETS = ("bonds", "max_path_bonds", "max_bond_order_iterations")  # settings of a processor
 SELECTED_BY = {"regression": "rmse", "classification": "roc_auc", "classes": "accuracy"}
 SHOWN = SELECTED_BY | {"regression": "rmse / spread"}  # of the training labels, so that targets can be added
@@ -481,17 +480,12 @@ def processor_of(
     processor = dataset.processor(**{name: getattr(checkpoint, name) for name in NOT_OF_DATASETS})
     made, num_conformers = processor.modality, settings.num_conformers
     shown = settings.modality or made
-    num_flat = dataset.about["num_kept"] - dataset.about["num_with_coordinates"]
     if num_conformers not in (None, processor.num_conformers):
         raise ValueError(
             f"The dataset {dataset.name!r} was made with num_conformers={processor.num_conformers}, but {num_conformers} are "
             f"asked for. Preprocess it with --num_conformers {num_conformers}, or leave the setting out."
         )
-    if num_flat and (shown == "3d" or (shown == "2d+3d" and made not in MADE_CONFORMERS)):
-        raise ValueError(
-            f"The dataset {dataset.name!r} was made with modality={made!r} and has no geometries of {num_flat:,} of its "
-            f"{dataset.about['num_kept']:,} molecules, which modality={shown!r} needs. Preprocess it with --modality {shown}."
-        )
+    dataset.check_geometries(shown)
     if shown == "auto" and made in MADE_CONFORMERS:
         raise ValueError(
             f"The dataset {dataset.name!r} was made with modality={made!r}, so that it has conformers, of which a model "
