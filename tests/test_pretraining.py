@@ -560,6 +560,14 @@ def test_deepspeed_is_refused_with_the_reason(dataset, tmp_path, monkeypatch):
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
+def test_two_processes_train_on_distances_alone(dataset, tmp_path):
+    """The weights that read bonds get no gradient, for which neither process waits."""
+    flags = ["--processor", "modality=3d", "--max_tokens", "64"]
+    process = launched(dataset, tmp_path / "run", *flags, command=TWO_RANKS)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Two gloo ranks see the same batches with the same draws: the same losses within 1e-5 over 50 steps.
 
