@@ -29,6 +29,7 @@ from kept_runs import check_settings, finetuned
 from linear_probe import RANDOM
 
 import pretrain
+from report import FROM_SCRATCH, MODEL
 from settings import as_flags
 
 ALL = ("2d", "3d", "auto")
@@ -90,8 +91,9 @@ def errors(folder: Path, seed: int, shown: str, args: argparse.Namespace, from_s
         ),
         "baseline": False,
     }
-    (model,) = finetuned([*as_flags(settings), *shlex.split(args.finetuning)])["models"].values()
-    return {name: figures["mae"] for name, figures in model["runs"][0][args.part]["targets"].items()}
+    models = finetuned([*as_flags(settings), *shlex.split(args.finetuning)])["models"]
+    (run,) = models[FROM_SCRATCH if from_scratch else MODEL]["runs"]
+    return {name: figures["mae"] for name, figures in run[args.part]["targets"].items()}
 
 
 def print_table(found: Mapping[tuple[str, str], list[float]], title: str) -> None:
@@ -120,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_molecules", type=int, default=4000, help="of each part that a probe sees, at most")
     parser.add_argument("--layers", type=int, help="probe after so many of the lowest; left out: all")
     parser.add_argument(
-        "--finetuning", help="fine-tune with these flags of finetune.py, too; the targets are regressions then"
+        "--finetuning",
+        help="fine-tune with these flags of finetune.py, too, one seed each; targets are regressions then",
     )
     parser.add_argument("--output_dir", default="outputs/ablations")
     args, flags = parser.parse_known_args(argv)

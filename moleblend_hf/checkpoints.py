@@ -45,11 +45,7 @@ def open_checkpoint(
     model_class = class_of(config, model)
     given = {name: value for name, value in settings.items() if value is not None}
     processor = AutoFeatureExtractor.from_pretrained(model, revision=revision, **given)
-    if given.get("num_conformers", 1) > 1 and processor.modality not in ("3d", "2d+3d"):
-        raise ValueError(
-            f"num_conformers is {given['num_conformers']}, but with modality={processor.modality!r} none are made. Say modality "
-            "2d+3d or 3d, too."
-        )
+    check_conformers(given.get("num_conformers"), processor.modality)
     if processor.max_path_bonds != config.max_path_bonds:
         raise ValueError(
             f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
@@ -71,6 +67,14 @@ def open_checkpoint(
     return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
 
 
+def check_conformers(num_conformers: int | None, modality: str) -> None:
+    """Raises ValueError if conformers are asked for where none are made."""
+    if (num_conformers or 1) > 1 and modality not in ("3d", "2d+3d"):
+        raise ValueError(
+            f"num_conformers is {num_conformers}, but with modality={modality!r} none are made. Say modality 2d+3d or 3d, too."
+        )
+
+
 def check_layers(layers: int, config: PreTrainedConfig) -> None:
     """Raises ValueError if a model of this config does not have so many layers to keep."""
     if not 1 <= layers <= config.num_hidden_layers:
@@ -84,4 +88,4 @@ def keep_lowest_layers(model: PreTrainedModel, layers: int) -> None:
     encoder.layers = encoder.layers[:layers]
 
 
-__all__ = ["check_layers", "class_of", "keep_lowest_layers", "open_checkpoint"]
+__all__ = ["check_conformers", "check_layers", "class_of", "keep_lowest_layers", "open_checkpoint"]

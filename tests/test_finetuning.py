@@ -499,15 +499,17 @@ def test_nothing_is_deleted_before_the_data_are_checked(base, table, tmp_path):
             "Unknown key 'tasc' in preproc",
         ),
         (["--targets", "size", "--preprocessing", "hydrogens=add"], table, "hydrogens='add'"),
+        (["--targets", "size", "--preprocessing", "without=nosuch"], table, "no dataset folder 'nosuch'"),
+        (["--targets", "size", "--preprocessing", f"without={folder / 'old'}"], table, "holds without"),
         (["--targets", "z"], data, "'z'"),
         (
             ["--targets", "oxygen", "--modality", "2d+3d"],
             data,
-            r"has no geometries of 60 of its 60 .*--modality 2d\+3d",
+            r"has no geometries of 60 of 60 .*--modality 2d\+3d",
         ),
         (["--targets", "kind", "--task", "classification"], data, "has 2 for target 'kind'.* takes 0 and 1"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(base, source, link, "--overwrite", *given)
         assert (folder / "old").is_dir()
     names = ["--preprocessing", "split_column=part", "class_names=without,with"]

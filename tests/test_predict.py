@@ -483,6 +483,7 @@ def test_the_parts_that_are_done_are_not_done_again(here, model, tmp_path, monke
         (["--output", "o.csv", "--embeddings"], "output is 'o.csv', but embeddings are written to .parquet"),
         (["--input", "in.txt"], "'in.txt' does not end in .csv"),
         (["--layers", "1"], "layers is 1, but a prediction takes all layers"),
+        (["--num_conformers", "2"], "num_conformers is 2, but with modality='2d' none are made"),
         (["--num_proc", "0"], "num_proc must be 1 or more, got 0"),
         (["--molecule_time_limit", "0"], "molecule_time_limit must be more than 0 seconds, got 0"),
         (["--smiles_column", "structure"], "has no column 'structure'"),

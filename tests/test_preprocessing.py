@@ -662,6 +662,24 @@ def test_an_unfinished_run_goes_on_with_overwrite_and_where_the_parts_are_put_to
     assert made == list(range(10))
 
 
+def test_parts_of_another_run_are_not_gone_on_with_behind_a_link(table, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real", target_is_directory=True)
+    argv = [*arguments(table), "--limit", "3", "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "assemble", None)
+        with pytest.raises(TypeError):
+            preprocess.main(argv)
+    other = tmp_path / "other.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    other.write_text("".join([lines[0], *lines[4:7]]))
+    argv[argv.index(str(table))] = str(other)
+    preprocess.main([*argv, "--overwrite"])
+    assert (tmp_path / "out").is_symlink()
+    preprocess.main([*argv, "--output", str(tmp_path / "plain")])
+    assert same(tmp_path / "plain", tmp_path / "real")
+
+
 def test_a_folder_is_not_overwritten_unasked(table, tmp_path):
     argv = [*arguments(table), "--limit", "3", "--output", str(tmp_path / "out")]
     preprocess.main(argv)

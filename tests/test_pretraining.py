@@ -392,6 +392,7 @@ def test_a_list_may_be_empty(given, trackers):
         ({"mixed_precision": False}, r"one of 'no', 'fp16', 'bf16' \(in quotes\), got False"),  # YAML's reading of no
         ({"dataset": None}, "names no dataset. .* --dataset"),
         ({"warmup_steps": "missing"}, "gives no warmup_steps"),
+        ({"warmup_steps": "missing", "warmup_step": 1}, "Unknown key 'warmup_step' in"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_remedy(change, message, tmp_path):

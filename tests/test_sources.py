@@ -180,7 +180,7 @@ def test_truncated_gzip_gives_the_rows_before_and_says_so(tmp_path, kind):
 
 @pytest.mark.parametrize("header", ["", "SMILES Name\n"])
 def test_smi(tmp_path, header):
-    lines = "CCO ethanol\n\nC\nC1CC1 |$R1;;$| ring, small\tnote\nC |a|\n  N\tammonia\n\tCO\n \tCO\n CO\n  \t \n"
+    lines = "\u00a0CCO ethanol\n\nC\nC1CC1 |$R1;;$| ring, small\tnote\nC |a|\n  N\tammonia\n\tCO\n \tCO\n CO\n  \t \n"
     source = open_source("smi", write(tmp_path / "a.smi", header + lines))
     assert [(record.id, record.smiles) for record in rows(source)] == [
         ("ethanol", "CCO"),

@@ -67,14 +67,18 @@ class PreprocessedDataset:
         """The names of 0 and 1, of those targets that have them."""
         return {target: names for target in targets if len(names := self.class_names(target)) == 2}
 
-    def check_geometries(self, modality: str) -> None:
-        """Raise unless there are the geometries that a processor of this modality shows, or the reason why one could not be made."""
-        made = self.about["processor"]["modality"]
-        num_flat = self.about["num_kept"] - self.about["num_with_coordinates"]
-        if num_flat and (modality == "3d" or (modality == "2d+3d" and made not in MADE_CONFORMERS)):
+    def check_geometries(self, modality: str, rows: datasets.Dataset | None = None) -> None:
+        """Raise unless all rows, or these, have the geometries that a processor of this modality shows, or could not be given any."""
+        made, num_rows, num_bent = (
+            self.about["processor"]["modality"], self.about["num_kept"], self.about["num_with_coordinates"]
+        )  # fmt: skip
+        if rows is not None:
+            num_rows = len(rows)
+            num_bent = GraphRows(rows, np.arange(num_rows)).num_with_coordinates()
+        if num_bent < num_rows and (modality == "3d" or (modality == "2d+3d" and made not in MADE_CONFORMERS)):
             raise ValueError(
-                f"The dataset {self.name!r} was made with modality={made!r} and has no geometries of {num_flat:,} of its "
-                f"{self.about['num_kept']:,} molecules, which modality={modality!r} needs. Preprocess it with --modality {modality}."
+                f"The dataset {self.name!r} was made with modality={made!r} and has no geometries of {num_rows - num_bent:,} of "
+                f"{num_rows:,} molecules, which modality={modality!r} needs. Preprocess it with --modality {modality}."
             )
 
     def check(self, processor: MoleBlendProcessor) -> None:

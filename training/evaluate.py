@@ -151,11 +151,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     making = None if is_preprocessed(settings.input) else preprocessing(settings, processor, model, targets)
     if making is not None:
-        checked_source(making, processor)  # raises before anything is deleted
+        checked_source(making, processor, output_dir)  # raises before anything is deleted
         preprocess_into(output_dir, making)
     dataset = open_dataset(settings.input if making is None else making.output)
     dataset.check(processor)
-    dataset.check_geometries(processor.modality)
     check_units(dataset, units)
     part = chosen_part(settings, dataset)
     rows = dataset.splits[part]
@@ -174,6 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "another part with --split."
         )
     rows = rows.select(known)
+    dataset.check_geometries(processor.modality, rows)
     data = labelled(rows, targets)
     class_names = dataset.class_names(targets[0]) if problem_type == CLASSES else []
     check_classes(data.labels, targets, problem_type, len(class_names or columns))

@@ -488,8 +488,8 @@ def processor_of(
     dataset.check_geometries(shown)
     if shown == "auto" and made in MADE_CONFORMERS:
         raise ValueError(
-            f"The dataset {dataset.name!r} was made with modality={made!r}, so that it has conformers, of which a model "
-            "with modality='auto' would make none in prediction. Preprocess it with --modality auto, or leave the setting out."
+            f"The dataset {dataset.name!r} was made with modality={made!r}, so that it may have conformers, of which a "
+            "model with modality='auto' would make none in prediction. Preprocess it with --modality auto, or leave the setting out."
         )
     # Without any geometry, one that is given in prediction would be the first that the model sees.
     processor.modality = shown if dataset.about["num_with_coordinates"] else "2d"
@@ -633,7 +633,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     making = None if is_preprocessed(settings.input) else preprocessing(settings, checkpoint)
     with accelerator.main_process_first():
         if making is not None and accelerator.is_main_process:
-            targets = [dataclasses.asdict(target) for target in checked_source(making, checkpoint).targets]
+            targets = [dataclasses.asdict(target) for target in checked_source(making, checkpoint, output_dir).targets]
             task_of(settings, making.input, targets)  # raises before anything is deleted
             preprocess_into(output_dir, making)
         dataset = open_dataset(settings.input if making is None else making.output)

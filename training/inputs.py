@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import preprocess
+from assemble import check_without
 from data import check_same_graphs
 from files import empty
 from moleblend_hf import MoleBlendProcessor
@@ -38,10 +39,15 @@ def preprocessing_of(
     return settings_from(PreprocessingSettings, given, "preprocessing")
 
 
-def checked_source(settings: PreprocessingSettings, processor: MoleBlendProcessor) -> Source:
-    """The source of a preprocessing for a checkpoint's processor, after all is checked that can be before a row is read."""
+def checked_source(settings: PreprocessingSettings, processor: MoleBlendProcessor, output_dir: Path) -> Source:
+    """The source of a preprocessing for a checkpoint's processor, after all is checked that can be before a row is read.
+
+    OUTPUT_DIR, which is emptied then, holds nothing that is read.
+    """
     check_same_graphs(settings.input, vars(settings), processor)
     source = preprocess.opened_source(settings)
+    preprocess.check_what_is_read(settings, source, output_dir)
+    check_without(settings.without or ())
     preprocess.part_settings(settings, source)  # raises for units that cannot be converted
     return source
 

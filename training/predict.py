@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
-from moleblend_hf.checkpoints import check_layers
+from moleblend_hf.checkpoints import check_conformers, check_layers
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
 from moleblend_hf.prediction_moleblend import predicts_atoms
@@ -132,6 +132,7 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
     given = {name: getattr(settings, name) for name in ("modality", "num_conformers")}
     given = {name: value for name, value in given.items() if value is not None}
     processor = AutoFeatureExtractor.from_pretrained(settings.model, revision=settings.revision, **given)
+    check_conformers(settings.num_conformers, processor.modality)
     heads = config.architectures or []
     if settings.embeddings and config.model_type == "moleblend_ensemble":
         raise ValueError(

@@ -32,7 +32,7 @@ from assemble import ABOUT, Assembly, assemble, check_without, publish
 from conformers import ConformerCache
 from dataset_card import write_dataset_card
 from engines import ENGINES, run_locally, run_on_ray
-from files import check_does_not_hold
+from files import check_does_not_hold, empty
 from moleblend_hf.molecules_moleblend import HYDROGENS, MODALITIES, FeaturizationSettings
 from parts import Part, PartSettings, makes_conformers
 from reporting import versions
@@ -227,6 +227,16 @@ def part_size(settings: PreprocessingSettings) -> int:
     return CONFORMERS_A_PART if makes_conformers(settings.featurization()) else RECORDS_A_PART
 
 
+def check_what_is_read(settings: PreprocessingSettings, source: Source, folder: Path) -> None:
+    """Raise if a folder that is emptied holds what the run reads."""
+    for file in source.files:
+        check_does_not_hold(folder, "input", file)
+    for dataset in settings.without or ():
+        check_does_not_hold(folder, "without", dataset)
+    if settings.conformer_cache is not None:
+        check_does_not_hold(folder, "conformer_cache", settings.conformer_cache)
+
+
 def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     """The folder of the parts, new or as an interrupted run of the same settings on the same files left it."""
     output = Path(settings.output)
@@ -242,14 +252,11 @@ def open_folder(settings: PreprocessingSettings, source: Source) -> Path:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     is_finished = (output / ABOUT).exists()
     if settings.overwrite and (is_finished or before != identity):  # or else it is a run of this command to go on with
-        for file in source.files:
-            check_does_not_hold(output, "input", file)
-        for folder in settings.without or ():
-            check_does_not_hold(output, "without", folder)
-        if settings.conformer_cache is not None:
-            check_does_not_hold(output, "conformer_cache", settings.conformer_cache)
-        path.unlink(missing_ok=True)  # before the parts that it speaks for
-        shutil.rmtree(output, ignore_errors=True)
+        check_what_is_read(settings, source, output)
+        if work.is_dir():  # what is left of it if the deletion ends early is nothing to go on with
+            shutil.rmtree(doomed := work.with_name(".deleted"), ignore_errors=True)
+            work.rename(doomed)
+        empty(output)
         before = None
     elif is_finished:
         raise FileExistsError(f"{output} holds a dataset. Choose another --output, or delete it with --overwrite.")

@@ -227,7 +227,10 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     if unavailable := sorted(set(settings.trackers) - {*map(str, get_available_trackers()), "all"}):
-        raise ValueError(f"The tracker {unavailable[0]!r} is not installed, or none of Accelerate's.")
+        raise ValueError(
+            f"The tracker {unavailable[0]!r} is not installed, or none of Accelerate's. Install it, or name others with --trackers; "
+            "'' is none."
+        )
 
     # split_batches: batch_size is that of all processes together, so the schedule advances once an optimizer step.
     accelerator = Accelerator(

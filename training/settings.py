@@ -56,6 +56,7 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     for name, value in flags.items():
         # A mapping is updated by its flag, not replaced: `--model hidden_size=64` changes that one value.
         values[name] = {**(values.get(name) or {}), **_key_values(name, value)} if isinstance(value, list) else value
+    _check_known(values, fields, path)
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise ValueError(
@@ -69,13 +70,17 @@ def settings_from(settings_class: type[S], values: Mapping[str, Any], place: Any
     """Settings from values as a YAML file or flags give them; `place` is where they stand."""
     fields = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
     hints = get_type_hints(settings_class)
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in {place}. Known keys: {', '.join(fields)}.")
+    _check_known(values, fields, place)
     for name, value in values.items():
         choices = fields[name].metadata["choices"]
         if choices and value is not None and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (in quotes), got {value!r}.")
     return settings_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def _check_known(values: Mapping[str, Any], fields: Mapping[str, Any], place: Any) -> None:
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"Unknown key {', '.join(map(repr, unknown))} in {place}. Known keys: {', '.join(fields)}.")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

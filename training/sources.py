@@ -414,7 +414,7 @@ def _open_csv(kind: str, input: str, options: _Options) -> Source:
 # SMILES files
 
 # A CXSMILES extension belongs to the SMILES although there is a space before it.
-_SMI_LINE = re.compile(r"(\S*(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
+_SMI_LINE = re.compile(r"[^\S\t]*(\S*(?:\s+\|[^|]*\|(?=\s|$))?)\s*([^\t]*)")
 
 
 def _open_smi(input: str, options: _Options) -> Source:
@@ -429,7 +429,7 @@ def _read_smi(path: Path) -> Iterator[Record]:
         try:
             for line in map(str.rstrip, file):
                 # What starts with a tab has no SMILES: the name must not be taken for one.
-                match = cast(re.Match[str], _SMI_LINE.match(line.lstrip(" ")))
+                match = cast(re.Match[str], _SMI_LINE.match(line))
                 if not line or (row == 0 and match[1].lower() == "smiles"):
                     continue
                 yield Record(row, match[2].strip() or str(row), match[1])
