@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import linear_probe
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState
-from kept_runs import check_settings, finetuned
+from kept_runs import FILLED_IN, check_settings, finetuned
 from linear_probe import RANDOM
 
 import pretrain
@@ -64,7 +64,9 @@ def pretrained(recipe: str, seed: int, args: argparse.Namespace, flags: list[str
     asked = as_flags(settings) + flags
     if (folder / "model.safetensors").is_file():
         made = json.loads((folder / "training_settings.json").read_text(encoding="utf-8"))
-        check_settings(folder, made["settings"], pretrain.parse_args(asked))
+        settings = pretrain.parse_args(asked)
+        chosen = {name for name in FILLED_IN if getattr(settings, name) is None}
+        check_settings(folder, made["settings"], settings, chosen)
     else:
         pretrain.main(asked)
         # One run after the other in one process: Accelerate keeps what the first one chose.

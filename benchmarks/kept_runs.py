@@ -13,6 +13,8 @@ import finetune
 from reporting import without_places
 
 WITHOUT_EFFECT = {"description", "output_dir", "overwrite", "num_proc", "resume"}
+FILLED_IN = {"mixed_precision", "max_tokens", "max_pairs"}  # by a pretraining, where nothing is asked for
+SEARCHED = {"learning_rate", "batch_size", "layer_decay", "weight_decay"}  # by a fine-tuning with search_trials
 
 
 def finetuned(flags: list[str]) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def finetuned(flags: list[str]) -> dict[str, Any]:
     if not path.is_file():
         finetune.main([*flags, "--overwrite"])
     results = json.loads(path.read_text(encoding="utf-8"))
-    check_settings(path.parent, results["settings"], settings)
+    check_settings(path.parent, results["settings"], settings, SEARCHED if settings.search_trials else set())
     return results
 
 
@@ -33,11 +35,11 @@ def last_names(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def check_settings(folder: Path, stored: Mapping[str, Any], asked: Any) -> None:
-    """Raise if a run was made with other settings; one that is None asks for nothing, and of paths only the name counts."""
+def check_settings(folder: Path, stored: Mapping[str, Any], asked: Any, of_the_run: set[str]) -> None:
+    """Raise if a run was made with other settings, but for those that the run chose itself; of paths only the name counts."""
     for name, value in json.loads(json.dumps(without_places(dataclasses.asdict(asked)))).items():
         found = stored.get(name)
-        if value is not None and name not in WITHOUT_EFFECT and last_names(found) != last_names(value):
+        if name not in WITHOUT_EFFECT | of_the_run and last_names(found) != last_names(value):
             raise ValueError(
                 f"{folder} holds a run with {name}={found!r}, but {value!r} is asked for. Take another --output_dir, or delete it."
             )

@@ -19,12 +19,12 @@ import numpy as np
 from kept_runs import finetuned
 
 import preprocess
-from data import is_preprocessed
+from data import ABOUT, is_preprocessed
 from report import ENSEMBLE, MODEL
 from result_plots import plot_learning_curves
 from settings import as_flags
 
-MODALITIES = {"2d": "bonds alone", "auto": "bonds and DFT geometry"}
+MODALITIES = {"2d": "bonds alone", "auto": "bonds and geometry"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes, epochs = ([int(number) for number in text.split(",")] for text in (args.sizes, args.epochs))
     epochs_of = dict(zip(sizes, epochs * len(sizes) if len(epochs) == 1 else epochs, strict=True))
     data = Path(args.input) if is_preprocessed(args.input) else folder / "data"
-    if not data.exists():
+    if not (data / ABOUT).is_file():  # an interrupted one goes on
         preprocess.main(
             as_flags(
                 {

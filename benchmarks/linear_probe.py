@@ -53,7 +53,11 @@ def embeddings(
 def probed(train: np.ndarray, labels: np.ndarray, held: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     """Metrics of a linear model of one target, fitted to the training molecules that have a label."""
     known, tested = ~np.isnan(labels), ~np.isnan(measured)
+    if not known.any() or not tested.any():
+        return {"no labels": np.nan}
     if set(np.unique(labels[known])) <= {0, 1}:
+        if len(np.unique(labels[known])) < 2 or len(np.unique(measured[tested])) < 2:
+            return {"roc_auc": np.nan}  # of one class alone nothing is learned, and nothing ranked
         linear = GridSearchCV(LogisticRegression(max_iter=1000), {"C": 1 / PENALTIES}, scoring="roc_auc")
         model = make_pipeline(StandardScaler(), linear).fit(train[known], labels[known])
         return {"roc_auc": float(roc_auc_score(measured[tested], model.predict_proba(held[tested])[:, 1]))}

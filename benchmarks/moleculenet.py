@@ -79,8 +79,8 @@ def cells(found: list[dict[str, Any]], part: str) -> dict[str, str]:
         "targets scored": " to ".join(map(str, sorted({min(scored), max(scored)}))) + f" of {len(first['targets'])}",
         "trained on": f"{first['split']['parts']['train']['rows']:,}",
     }
+    values = {name: [np.nan if value is None else value for value in each] for name, each in values.items()}
     for name, each in values.items():
-        each = [np.nan if value is None else value for value in each]
         spread = f" ± {np.std(each, ddof=1):.3f}" if len(each) > 1 else ""
         row[name] = "" if np.isnan(each).any() else f"{np.mean(each):.3f}{spread}"
     if MODEL in values and FROM_SCRATCH in values:

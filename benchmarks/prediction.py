@@ -146,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         smiles = repeat(args.input, args.num_rows, table)
         command = [sys.executable, str(SCRIPT), "--model", str(model), "--input", str(table), "--output", str(output)]
         command += ["--num_proc", str(args.num_proc)]
-        work, num_parts = folder / "predictions.parquet.parts", -(-args.num_rows // 1000)
+        processor = MoleBlendProcessor.from_pretrained(model)
+        rows_a_part = 100 if processor.modality in ("3d", "2d+3d") else 1000  # of predict.py: conformers take longer
+        work, num_parts = folder / "predictions.parquet.parts", -(-args.num_rows // rows_a_part)
         killed, code = watch(command, work, num_parts // 2)
         print(f"killed (exit code {code}) after {killed[-1][0]:.0f} s with {killed[-1][1]} of {num_parts} parts done")
         resumed, code = watch(command, work, None)

@@ -105,6 +105,9 @@ def test_a_probe_finds_what_the_embedding_holds_and_nothing_in_noise():
     assert linear_probe.probed(train, labels["train"], held, labels["held"])["roc_auc"] > 0.99
     noise = linear_probe.probed(train, draw.normal(size=400), held, draw.normal(size=200))
     assert noise["r2"] < 0.05
+    one_class = linear_probe.probed(train, np.zeros(400), held, labels["held"])
+    assert np.isnan(one_class["roc_auc"])
+    assert np.isnan(linear_probe.probed(train, np.full(400, np.nan), held, value["held"])["no labels"])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def test_learning_curves_have_a_point_for_each_size_and_input(model, dataset, tm
     assert titles == ["target (MAE)", "input, model", "8", "24"]
     assert [row[1] for row in rows] == [
         *("bonds alone", "bonds alone, MoleBLEND from scratch"),
-        *("bonds and DFT geometry", "bonds and DFT geometry, MoleBLEND from scratch"),
+        *("bonds and geometry", "bonds and geometry, MoleBLEND from scratch"),
     ]
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
     for modality, size, epochs in (("2d", 8, 2), ("2d", 24, 1), ("auto", 8, 2), ("auto", 24, 1)):
@@ -170,6 +173,9 @@ def test_sets_of_moleculenet_are_run_once_and_told_by_part(model, tmp_path, on_c
         assert [row[:3] for row in rows_of(capsys.readouterr().out)[2:]] == [row[:3] for row in rows]
         with pytest.raises(ValueError, match=r"bace holds a run with epochs=1, but 2 is asked for. Take another"):
             moleculenet.main([*flags, "--epochs", "2"])
+        assert flags[-2] == "--max_training_molecules"
+        with pytest.raises(ValueError, match=r"max_training_molecules=20, but None is asked for"):
+            moleculenet.main(flags[:-2])
     moleculenet.main([*flags, "--sets", "esol", "--draws", "2"])
     titles, _, row = rows_of(capsys.readouterr().out)
     assert titles[4:7] == models[1:]

@@ -74,7 +74,11 @@ class PretrainingSettings:
     description: str = setting("run", "what this recipe is and how long it takes; printed before it starts", "")
     output_dir: str = setting("run", "where everything is written", "outputs/pretrain")
     resume: str | None = setting("run", "checkpoint folder, or auto: the newest in OUTPUT_DIR/checkpoints", None)
-    overwrite: bool = setting("run", "start anew in an OUTPUT_DIR with checkpoints, deleting them", False)
+    overwrite: bool = setting(
+        "run",
+        "start anew in an OUTPUT_DIR with checkpoints or a model, deleting checkpoints and TensorBoard logs",
+        False,
+    )
     logging_steps: int = setting("run", "optimizer steps between lines of training losses", 10)
     eval_steps: int = setting("run", "optimizer steps between evaluations on the held-out molecules", 1000)
     checkpointing_steps: int = setting("run", "optimizer steps between checkpoints", 1000)

@@ -134,7 +134,9 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
                 return checkpoint
             logging.warning(f"{checkpoint} is damaged and is not resumed from: {reason}.")
         if found:
-            raise ValueError(f"Each checkpoint in {str(folder)!r} is damaged. Start anew with --overwrite.")
+            raise ValueError(
+                f"Each checkpoint in {str(folder)!r} is damaged. Start anew with --overwrite and without --resume."
+            )
         return None
     if not (Path(resume) / STATE_FILE).is_file():
         there = ", ".join(str(path) for path in checkpoints_in(folder)) or "none"
