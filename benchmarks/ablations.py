@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="dataset with geometries and parts, as preprocess.py writes it")
     parser.add_argument("--targets", help="of the probes, A,B; left out: all of the dataset")
     parser.add_argument("--recipes", default=",".join(SHOWN))
+    parser.add_argument("--shown", default=",".join(ALL), help="ways to show the molecules, of those a recipe trained")
     parser.add_argument("--max_steps", type=int, default=1500)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     folders = {recipe: [pretrained(recipe, seed, args, flags) for seed in seeds] for recipe in args.recipes.split(",")}
     found: dict[tuple[str, str], list[float]] = {}
-    for shown in ALL:
+    for shown in args.shown.split(","):
         recipe_of = {
             str(folder): recipe for recipe, runs in folders.items() if shown in SHOWN[recipe] for folder in runs
         }
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.finetuning is None:
         return
     found = {}
-    for shown in ALL:
+    for shown in args.shown.split(","):
         judged = [(recipe, runs) for recipe, runs in folders.items() if shown in SHOWN[recipe]]
         for recipe, runs in [*judged, (RANDOM, next(iter(folders.values())))] if judged else ():
             for seed, folder in zip(seeds, runs, strict=True):

@@ -76,8 +76,7 @@ def test_recipes_are_pretrained_once_then_probed_and_fine_tuned_with_what_they_w
     ablations.main(flags)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == lines
 
-    monkeypatch.setattr(ablations, "ALL", ("2d",))
-    ablations.main([*flags, "--finetuning", "--epochs 1 --max_training_molecules 16"])
+    ablations.main([*flags, "--shown", "2d", "--finetuning", "--epochs 1 --max_training_molecules 16"])
     tables = rows_of(capsys.readouterr().out)
     assert tables[:5] == rows_of("\n".join(lines))[:5]
     titles, _, *rows = tables[5:]
