@@ -15,6 +15,7 @@ and a flag; a flag wins.
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -488,6 +489,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
             )
     accelerator.wait_for_everyone()
+    # The model goes before the group of processes: as its last owner it would join the group's threads while it holds Python's
+    # lock, for which these may wait.
+    model, optimizer, scheduler = accelerator.free_memory(model, optimizer, scheduler)
+    gc.collect()
     accelerator.end_training()
 
 
