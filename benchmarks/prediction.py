@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 from joblib import cpu_count
 
 from moleblend_hf import MoleBlendConfig, MoleBlendForSequenceClassification, MoleBlendProcessor
+from parts import makes_conformers
+from predict import CONFORMERS_A_PART, RECORDS_A_PART
 from sources import open_source
 
 SCRIPT = Path(__file__).parents[1] / "training" / "predict.py"
@@ -146,8 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         smiles = repeat(args.input, args.num_rows, table)
         command = [sys.executable, str(SCRIPT), "--model", str(model), "--input", str(table), "--output", str(output)]
         command += ["--num_proc", str(args.num_proc)]
-        processor = MoleBlendProcessor.from_pretrained(model)
-        rows_a_part = 100 if processor.modality in ("3d", "2d+3d") else 1000  # of predict.py: conformers take longer
+        is_slow = makes_conformers(MoleBlendProcessor.from_pretrained(model))
+        rows_a_part = CONFORMERS_A_PART if is_slow else RECORDS_A_PART
         work, num_parts = folder / "predictions.parquet.parts", -(-args.num_rows // rows_a_part)
         killed, code = watch(command, work, num_parts // 2)
         print(f"killed (exit code {code}) after {killed[-1][0]:.0f} s with {killed[-1][1]} of {num_parts} parts done")

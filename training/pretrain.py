@@ -421,9 +421,8 @@ def main(argv: list[str] | None = None) -> None:
 
     started = time.perf_counter()
     is_due = step % settings.eval_steps == 0 or step == settings.max_steps
-    if is_due and not log.has(
-        step, "held_out/"
-    ):  # what ended a run may have come between a checkpoint and its evaluation
+    # What ended a run may have come between a checkpoint and its evaluation.
+    if is_due and not log.has(step, "held_out/"):
         evaluate_and_record()
     losses, window, reason = torch.zeros(2, len(LOSSES), device=device), Window(), None  # sums, and of how many steps
     model.train()
@@ -489,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"Done in {facts['seconds']:.0f} s. {output_dir}/ loads with AutoModel.from_pretrained; see its README.md."
             )
     accelerator.wait_for_everyone()
-    # The model goes before the group of processes: as its last owner it would join the group's threads while it holds Python's
+    # The model goes before the group of processes: as its last owner it could join the group's threads while it holds Python's
     # lock, for which these may wait.
     model, optimizer, scheduler = accelerator.free_memory(model, optimizer, scheduler)
     gc.collect()
