@@ -18,11 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.utils.data import Dataset
 
 from moleblend_hf import FlatGraphs, MoleBlendProcessor
+from parts import makes_conformers
 from rows import FORMAT_VERSION, GRAPH_COLUMNS, GraphTable
 from sources import has_known_ending
 
 ABOUT = "preprocessing.json"
-MADE_CONFORMERS = ("2d+3d", "3d")  # modalities of a dataset
 
 ROWS_A_BATCH = 100_000  # of the memory map, each of which costs an indexing a step
 
@@ -75,7 +75,7 @@ class PreprocessedDataset:
         if rows is not None:
             num_rows = len(rows)
             num_bent = GraphRows(rows, np.arange(num_rows)).num_with_coordinates()
-        if num_bent < num_rows and (modality == "3d" or (modality == "2d+3d" and made not in MADE_CONFORMERS)):
+        if num_bent < num_rows and (modality == "3d" or (modality == "2d+3d" and not makes_conformers(made))):
             raise ValueError(
                 f"The dataset {self.name!r} was made with modality={made!r} and has no geometries of {num_rows - num_bent:,} of "
                 f"{num_rows:,} molecules, which modality={modality!r} needs. Preprocess it with --modality {modality}."

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from batches import StepBatches
 from calibration import calibrated_sets, conformal_quantiles
-from data import MADE_CONFORMERS, GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
+from data import GraphRows, PreprocessedDataset, is_preprocessed, open_dataset
 from files import check_may_be_emptied, empty
 from fingerprints import fingerprint_baseline
 from inputs import checked_source, preprocess_into, preprocessing_of
@@ -56,6 +56,7 @@ from moleblend_hf.prediction_moleblend import predict_graphs
 from moleblend_hf.verification import write_reference_outputs
 from objective import CONFORMER, molecule_seeds, uniform
 from optimization import freeze, parameter_groups
+from parts import makes_conformers
 from preprocess import PreprocessingSettings
 from report import (
     BASELINE,
@@ -486,7 +487,7 @@ def processor_of(
             f"asked for. Preprocess it with --num_conformers {num_conformers}, or leave the setting out."
         )
     dataset.check_geometries(shown)
-    if shown == "auto" and made in MADE_CONFORMERS:
+    if shown == "auto" and makes_conformers(made):
         raise ValueError(
             f"The dataset {dataset.name!r} was made with modality={made!r}, so that it may have conformers, of which a "
             "model with modality='auto' would make none in prediction. Preprocess it with --modality auto, or leave the setting out."

@@ -78,9 +78,9 @@ class Part:
         return Path(self.folder) / f"{kind}-{self.index:07d}{'' if kind == 'marker' else '.parquet'}"
 
 
-def makes_conformers(settings: FeaturizationSettings) -> bool:
+def makes_conformers(modality: str) -> bool:
     """Whether molecules without a geometry get one."""
-    return settings.modality in ("2d+3d", "3d")
+    return modality in ("2d+3d", "3d")
 
 
 def target_schema(targets: Iterable[Target], with_inchikey: bool) -> pa.Schema:
@@ -108,7 +108,7 @@ def featurize_part(part: Part, settings: PartSettings) -> tuple[int, int]:
 
     The file of rows gets its name last: where it is, the part is done.
     """
-    size = CONFORMERS_A_BATCH if makes_conformers(settings.featurization) else RECORDS_A_BATCH
+    size = CONFORMERS_A_BATCH if makes_conformers(settings.featurization.modality) else RECORDS_A_BATCH
     size = 1 if part.failures else size
     rows: list[dict[str, Any]] = []
     graphs: list[MolecularGraph] = []
@@ -197,7 +197,7 @@ def _parse(record: Record, failures: tuple[str, ...], settings: PartSettings) ->
         atoms = AtomOrder(molecule, settings.featurization, parsed.mol.GetNumAtoms(), order)
         for name, values in targets.items():
             targets[name] = atoms.arranged(values, name) if isinstance(values, list) else values
-    if failures and makes_conformers(settings.featurization) and parsed.coordinates is None:
+    if failures and makes_conformers(settings.featurization.modality) and parsed.coordinates is None:
         missing_reason = f"has no conformer: {failures[-1]}"  # perhaps; the next attempt shows
         if settings.featurization.modality == "3d":
             raise MoleculeError(missing_reason, "conformer", "Leave it out")

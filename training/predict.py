@@ -153,7 +153,7 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
         )
     names = (field.name for field in dataclasses.fields(FeaturizationSettings))
     featurization = FeaturizationSettings(**{name: getattr(processor, name) for name in names})
-    makes_several = makes_conformers(featurization) and featurization.num_conformers > 1
+    makes_several = makes_conformers(featurization.modality) and featurization.num_conformers > 1
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return config, PredictionPartSettings(
         featurization=featurization,
@@ -216,7 +216,7 @@ def remove(work: Path) -> None:
 
 def part_size(settings: PredictionPartSettings) -> int:
     """How many records are worked on together."""
-    return CONFORMERS_A_PART if makes_conformers(settings.featurization) else RECORDS_A_PART
+    return CONFORMERS_A_PART if makes_conformers(settings.featurization.modality) else RECORDS_A_PART
 
 
 def parts_to_do(

@@ -224,7 +224,7 @@ def part_settings(settings: PreprocessingSettings, source: Source) -> PartSettin
 
 def part_size(settings: PreprocessingSettings) -> int:
     """How many records are worked on together."""
-    return CONFORMERS_A_PART if makes_conformers(settings.featurization()) else RECORDS_A_PART
+    return CONFORMERS_A_PART if makes_conformers(settings.modality) else RECORDS_A_PART
 
 
 def check_what_is_read(settings: PreprocessingSettings, source: Source, folder: Path) -> None:
