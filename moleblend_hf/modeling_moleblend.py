@@ -123,7 +123,7 @@ class MoleBlendEmbeddings(nn.Module):
 
     def embed_degree(self, degree: torch.Tensor) -> torch.Tensor:
         """`(B, N)` to `(B, N, D)`."""
-        return self.degree_embedding(degree.clamp(0, self.degree_embedding.num_embeddings - 1))
+        return self.degree_embedding(degree.clamp(0, len(self.degree_embedding.weight) - 1))
 
 
 def eager_attention_forward(
@@ -387,6 +387,8 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         torch.Size([2, 7, 768])
         ```
         """
+        # PEFT passes `input_ids=None` and the like to every model.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if unknown := sorted(set(kwargs) - set(TransformersKwargs.__annotations__) - {"use_cache"}):
             raise TypeError(f"Unexpected arguments {unknown}. Pass what the processor returns, no `kept_indices`.")
         if atom_features.dim() != 3 or atom_features.shape[2] != len(self.config.atom_vocabulary_sizes):
@@ -854,7 +856,8 @@ class MoleBlendForSequenceClassification(MoleBlendPropertyModel):
     custom_intro="""
     MoleBLEND for the properties of atoms, charges or NMR shifts, say: regression, binary tasks or classes as in
     [`MoleBlendForSequenceClassification`], for each atom. Missing labels, and those of padding, are NaN, or -100 where
-    labels are integers.
+    labels are integers. The Trainer joins batches of different sizes with -100, labels and predictions alike: its
+    `compute_metrics` has to leave out both NaN and -100.
     """
 )
 class MoleBlendForTokenClassification(MoleBlendPropertyModel):

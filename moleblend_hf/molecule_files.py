@@ -251,6 +251,8 @@ def row_writer(path: str, columns: Mapping[str, str], overwrite: bool = False) -
         overwrite: whether to replace a file that is there.
     """
     if path == STANDARD_STREAM:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="")  # as a file, whatever the code page of the terminal
         with _csv_writer(sys.stdout, columns) as write:
             yield write
         return

@@ -44,7 +44,10 @@ BONDS = (None, "determine")
 RDKIT_ERRORS = (RuntimeError, ValueError, OverflowError)
 Embed: TypeAlias = "Callable[[Chem.Mol, FeaturizationSettings], np.ndarray]"
 
+MAX_ATOMIC_NUMBER = 118  # of RDKit's periodic table; 0 is a dummy atom
 _INPUT_ATOM = "_moleblend_input_atom"  # property of an atom: its index in the input
+# What follows white space, unless it is a CXSMILES extension or starts a line that has a tab before nothing.
+_BEHIND_SMILES = re.compile(r"(?<=\S)\s+(?!\|[^|]*\|\s*$)\S.*", re.DOTALL)
 _UNUSUAL_SMILES = re.compile(r"[|>~]|@[ASTO]")  # CXSMILES, dative and query bonds, stereo other than tetrahedral
 
 
@@ -272,6 +275,13 @@ def _parse_smiles(smiles: str, given: Any, settings: FeaturizationSettings) -> P
 
 
 def _mol_from_smiles(smiles: str, remove_hydrogens: bool = True) -> "Chem.Mol":
+    if behind := _BEHIND_SMILES.search(smiles):
+        # RDKit takes it for a name: "CC O", a line that was broken, would silently be ethane.
+        raise MoleculeError(
+            f"has white space in its SMILES, and behind it {behind.group().strip()[:40]!r}",
+            "parse",
+            "Remove the white space if that belongs to the SMILES, else the text",
+        )
     parse: Any = Chem.MolFromSmiles
     if not remove_hydrogens:
         params = Chem.SmilesParserParams()
@@ -354,6 +364,8 @@ def _parse_pair(symbols: Any, positions: Any, given: Any, settings: Featurizatio
     mol = Chem.RWMol()
     try:
         for symbol in symbols:
+            if not isinstance(symbol, str) and not 0 <= int(symbol) <= MAX_ATOMIC_NUMBER:  # RDKit takes it modulo 256
+                raise ValueError(f"{symbol!r} is no atomic number")
             index = mol.AddAtom(Chem.Atom(symbol if isinstance(symbol, str) else int(symbol)))
             mol.GetAtomWithIdx(index).SetIntProp(_INPUT_ATOM, index)
     except (*RDKIT_ERRORS, TypeError) as error:

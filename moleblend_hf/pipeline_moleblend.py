@@ -105,6 +105,15 @@ class MoleBlendPipeline(Pipeline):
             raise ValueError(f"`output` is {output!r}, but has to be one of {', '.join(map(repr, OUTPUTS))}.")
         return {}, {} if output is None else {"output": output}, {}
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Answers a molecule, or many: a list, a generator, a dataset of them, or a column of NumPy, pandas or datasets."""
+        # Columns of NumPy, pandas and polars, and of datasets; else each would be one molecule of an unknown type.
+        if isinstance(inputs, np.ndarray) or hasattr(inputs, "to_numpy") or type(inputs).__name__ == "Column":
+            inputs = list(inputs)
+        if isinstance(inputs, list) and not inputs:  # transformers would look at its first
+            return []
+        return super().__call__(inputs, *args, **kwargs)
+
     def preprocess(self, input_: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns the graph of a molecule, or why there is none; graphs are padded when their batch is known."""
         try:

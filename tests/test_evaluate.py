@@ -274,3 +274,29 @@ def test_a_folder_that_holds_something_is_not_overwritten_unasked(tmp_path, fold
     assert (folder / "model.safetensors").is_file()
     with pytest.raises(FileExistsError, match=r"out is not empty. Choose another --output_dir"):
         run(folder, tmp_path / "new.csv", tmp_path / "out")
+
+
+def test_what_zero_and_one_mean_is_the_models_word(tmp_path):
+    words = {"id2label": {0: "active"}, "num_labels": 1, "problem_type": "multi_label_classification"}
+    folder = saved(tmp_path / "model", **words, target_class_names=[["inert", "active"]])
+    new = table(tmp_path / "new.csv", active=["active", "inert"] * (len(SMILES) // 2) + ["active"] * (len(SMILES) % 2))
+    results = run(folder, new, tmp_path / "out")
+    assert results["binary_class_names"] == {"active": ["inert", "active"]}
+    with pytest.raises(ValueError, match=r"0 for 'active' and 1 for 'inert', but for the model 0 is 'inert'"):
+        run(folder, new, tmp_path / "out", "--overwrite", "--preprocessing", "class_names=active,inert")
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_card_says_which_part_was_measured(tmp_path, folder):
+    new = table(tmp_path / "new.csv", gap=list(range(len(SMILES))), mu=list(range(len(SMILES))))
+    run(folder, new, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "labels of the input the model" in card
+    assert "test part" not in card
+    data = tmp_path / "data"
+    flags = ["--targets", "gap,mu", "--split", "random", "--split_fractions", "0.4,0.3,0.3"]
+    preprocess.main(["--source", "csv", "--input", str(new), "--output", str(data), *flags])
+    run(folder, data, tmp_path / "train", "--split", "train")
+    card = (tmp_path / "train" / "README.md").read_text()
+    assert "labels of the train part the model" in card
+    assert "test part" not in card

@@ -552,9 +552,7 @@ def test_a_dataset_without_the_three_parts_is_refused(base, tmp_path):
         run(base, TRAINING / "sample", tmp_path / "out", "--targets", "gap")
     chains = tmp_path / "chains.csv"
     chains.write_text("SMILES,size\n" + "".join(f"{'C' * size},{size}\n" for size in range(1, 9)))
-    with pytest.raises(
-        ValueError, match=r"The scaffold split puts none of its 8 molecules there: take --split random"
-    ):
+    with pytest.raises(ValueError, match=r"The scaffold split puts none of its 8 molecules there: take more of them"):
         run(base, chains, tmp_path / "out", "--targets", "size", "--split", "scaffold", "--preprocessing", "limit=8")
 
 
@@ -649,3 +647,66 @@ def test_conformal_scores_of_each_kind_of_task():
     classes = np.array([[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]])
     assert conformal_quantiles("single_label_classification", labels, classes, 0.6) == pytest.approx([0.4])
     assert conformal_quantiles("regression", labels, labels + 2, 0.6) == pytest.approx([2.0])
+
+
+def test_what_cannot_work_is_refused_before_the_old_model_is_deleted(base, table, tmp_path):
+    run(base, table, tmp_path / "out", "--targets", "size")
+    for flags, reason in (
+        (["--targets", "size", "--transforms", "size=ln"], "`target_transforms` has"),
+        (["--targets", "size", "--model_settings", "readout=median"], "readout"),
+        (["--targets", "size", "--frozen_layers", "99"], "frozen_layers must lie between 0 and"),
+        (["--targets", "size", "--layer_decay", "-1"], "layer_decay must be above 0"),
+        (["--targets", "size", "--warmup_fraction", "2"], "warmup_fraction must lie"),
+        (["--targets", "size", "--max_training_molecules", "0"], "max_training_molecules must be 1 or more"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            run(base, table, tmp_path / "out", "--overwrite", *flags)
+        assert (tmp_path / "out" / "model.safetensors").is_file(), flags
+
+
+def test_classes_that_are_not_counted_from_zero_are_refused(base, table, tmp_path):
+    shifted = tmp_path / "shifted.csv"
+    lines = table.read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    shifted.write_text(
+        "\n".join([lines[0], *(",".join([*row[:3], str(int(row[3]) + 1), row[4]]) for row in rows)]) + "\n"
+    )
+    with pytest.raises(ValueError, match=r"has labels up to 3, but no molecule has 0.*class_names=1,2,3"):
+        run(base, shifted, tmp_path / "out", "--targets", "kind", "--task", "classes")
+
+
+def test_a_large_mean_takes_no_digits_from_what_is_learned_and_predicted(base, table, tmp_path):
+    """As of total energies: the same model but for the mean."""
+    far = tmp_path / "far.csv"
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    for row in lines[1:]:
+        row[1] = row[1] and repr(float(row[1]) / 100 + 2.0**24)
+    near = tmp_path / "near.csv"
+    far.write_text("\n".join(map(",".join, lines)) + "\n")
+    for row in lines[1:]:
+        row[1] = row[1] and repr(float(row[1]) - 2.0**24)
+    near.write_text("\n".join(map(",".join, lines)) + "\n")
+    found = [
+        run(base, path, tmp_path / path.stem, "--targets", "size")["models"]["MoleBLEND"]["test"]
+        for path in (near, far)
+    ]
+    assert found[0]["mean"]["rmse"]["mean"] == pytest.approx(found[1]["mean"]["rmse"]["mean"], rel=1e-4)
+
+
+def test_more_processes_than_molecules_of_a_part_share_what_there_is(base, table, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = ["--model", str(base), "--input", str(table), "--split", "given", *SHORT, "--targets", "size"]
+    arguments += ["--preprocessing", "split_column=part", "--output_dir", str(tmp_path / "out")]
+    command = [*launch, str(TRAINING / "finetune.py"), *arguments, "--max_validation_molecules", "1", "--epochs", "1"]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_card_of_folds_says_what_was_done(base, table, tmp_path):
+    results = run(base, table, tmp_path / "out", "--targets", "size", "--folds", "2", "--baseline")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 models, one a fold" in card
+    assert "made on the folds that a model was not trained on" in card
+    assert not any("over seeds" in sentence for sentence in results["comparison"])
+    assert all("MoleBLEND, ensemble" not in sentence for sentence in results["comparison"])

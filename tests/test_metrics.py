@@ -157,3 +157,12 @@ def test_mean_and_sample_deviation_over_seeds():
     assert over_seeds([*results[:2], constant])["mean"]["spearman"] == pytest.approx(
         {"mean": 1.0, "std": 0.0, "num_seeds": 2}
     )
+
+
+@pytest.mark.parametrize(
+    ("units", "has"), [((None,), True), ((None, None), False), (("eV", "eV"), True), (("eV", "D"), False)]
+)
+def test_errors_have_a_mean_where_their_unit_is_one(units, has):
+    labels = np.arange(12.0).reshape(6, 2)[:, : len(units)]
+    found = regression_metrics(labels, labels + 1, [f"t{index}" for index in range(len(units))], units)
+    assert (found["mean"]["mae"] is not None) == has

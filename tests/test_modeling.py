@@ -641,10 +641,20 @@ def test_regression_is_in_original_units_and_its_loss_in_standard_deviations(bat
     model = MoleBlendForSequenceClassification(scaled).eval()
     plain = copy.deepcopy(model)
     plain.config.target_means = plain.config.target_scales = None
-    raw = plain(**batch).logits
+    raw = plain(**batch).logits.double()
     outputs = model(**batch, labels=raw * torch.tensor([2.0, 0.5]) + torch.tensor([7.0, -3.5]))
     torch.testing.assert_close(outputs.logits, raw * torch.tensor([2.0, 0.5]) + torch.tensor([5.0, -3.0]))
     torch.testing.assert_close(outputs.loss, torch.tensor(1.0))
+
+
+def test_a_mean_that_is_large_beside_the_spread_takes_no_digits_away(batch):
+    shifted = tiny_config(num_labels=1, problem_type="regression", target_means=[-4e6], target_scales=[1.0])
+    model = MoleBlendForSequenceClassification(shifted).eval()
+    plain = copy.deepcopy(model)
+    plain.config.target_means = [0.0]
+    raw = plain(**batch).logits
+    torch.testing.assert_close(model(**batch).logits + 4e6, raw, atol=1e-7, rtol=0)
+    torch.testing.assert_close(model(**batch, labels=raw - 4e6 + 0.5).loss, torch.tensor(0.25))
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rdkit import Chem
@@ -221,3 +223,12 @@ def test_a_saved_folder_predicts_the_same_without_the_package_and_saved_again(tm
     for line in result.stdout.splitlines()[-2:]:
         for found, values in zip(json.loads(line), expected, strict=True):
             np.testing.assert_allclose(found, values, atol=1e-6, rtol=1e-6)
+
+
+def test_columns_are_many_molecules_and_an_empty_list_is_none():
+    predict = MoleBlendPipeline(model=fine_tuned(), feature_extractor=MoleBlendProcessor())
+    expected = predict(SMILES)
+    column = datasets.Dataset.from_dict({"smiles": SMILES})["smiles"]
+    for many in (np.array(SMILES), pd.Series(SMILES), column):
+        assert predict(many) == expected
+    assert predict([]) == []

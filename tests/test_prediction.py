@@ -40,7 +40,7 @@ def test_values_are_the_models_own_in_the_order_of_the_input_for_any_budget(budg
     with torch.no_grad():
         expected = model(**processor.pad(graphs)).logits
     predictions = predict_graphs(model, processor, graphs, budget)
-    torch.testing.assert_close(torch.from_numpy(predictions.values).float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(predictions.values), expected, rtol=1e-5, atol=1e-5)
     assert predictions.modalities == ["2d"] * len(graphs)
     assert predictions.ensemble_spread is predictions.conformer_spread is predictions.lower is None
     np.testing.assert_allclose(

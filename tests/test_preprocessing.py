@@ -922,3 +922,13 @@ def test_the_card_is_read_back(done):
     ):
         assert text in card.text
     assert not re.search(r"\n{3}|None", card.text.replace("`bonds`: None", ""))
+
+
+@pytest.mark.parametrize("name", ["row", "split", "id", "smiles", "coordinates", "scaffold"])
+def test_a_target_cannot_share_a_column_with_the_dataset(name, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text(f"structure,{name}\nCCO,1\n")
+    flags = ["--smiles_column", "structure", "--targets", name]
+    with pytest.raises(ValueError, match=f"A target cannot be called '{name}'"):
+        preprocess.main(["--source", "csv", "--input", str(path), "--output", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()

@@ -512,3 +512,24 @@ def test_loads_and_saves_again_in_a_process_without_the_package(tmp_path):
         check=False,
     )
     assert result.stdout.strip().endswith("loaded"), result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("smiles", ["CC O", "C\nC", "CCO ethanol", "CC\tO", "C |a| x"])
+def test_white_space_within_a_smiles_is_no_name(smiles):
+    """RDKit would take what follows it for one: "CC O" would be ethane."""
+    processor = MoleBlendProcessor()
+    assert processor.featurize_many([smiles, "CCO"], on_error="skip")[0].num_atoms == 3
+    assert "white space in its SMILES" in processor.rejected[0].reason
+
+
+def test_white_space_around_a_smiles_and_before_its_extension_is_none_of_it():
+    processor = MoleBlendProcessor()
+    assert [graph.num_atoms for graph in processor.featurize_many([" CCO \n", "CCO |$;;R$|", "CO\t"])] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("number", [119, 200, 256, 300, -1])
+def test_a_number_of_no_element_is_rejected(number):
+    """RDKit takes them modulo 256: 300 would be ruthenium."""
+    processor, xyz = MoleBlendProcessor(modality="3d"), np.array([[0, 0, 0], [1.0, 0, 0]])
+    assert len(processor.featurize_many([(["C", "O"], xyz), ([number, 8], xyz)], on_error="skip")) == 1
+    assert "no element" in processor.rejected[0].reason

@@ -32,12 +32,13 @@ from files import check_may_be_emptied, empty
 from inputs import checked_source, preprocess_into, preprocessing_of
 from labels import atom_names, graphs_of, labelled
 from metrics import BINARY, CLASSES, REGRESSION, TITLES
-from moleblend_hf import MoleBlendProcessor
+from moleblend_hf import MoleBlendConfig, MoleBlendProcessor
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from preprocess import PreprocessingSettings
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
 from reporting import environment, without_places
 from settings import load_settings, setting
+from tasks import check_class_meanings
 
 TASKS = {"multi_label_classification": "classification", "single_label_classification": "classes"}
 
@@ -113,7 +114,16 @@ def preprocessing(
         values["tasks"] = dict.fromkeys(targets, TASKS[problem_type])
     if problem_type == CLASSES:
         values["class_names"] = target_names(model.config)
+    if problem_type == BINARY:
+        values["class_names"] = shared_class_names(model.config, targets)
     return preprocessing_of(settings.input, settings.output_dir, processor, values, settings.preprocessing)
+
+
+def shared_class_names(config: MoleBlendConfig, targets: Sequence[str]) -> list[str] | None:
+    """The names of 0 and 1 for the model, if they are the same for all of the targets."""
+    known = dict(zip(target_names(config), config.target_class_names or (), strict=False))
+    pairs = [known.get(name) for name in targets]
+    return list(pairs[0]) if pairs[0] is not None and all(pair == pairs[0] for pair in pairs) else None
 
 
 def chosen_part(settings: EvaluationSettings, dataset: PreprocessedDataset) -> str:
@@ -151,11 +161,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     making = None if is_preprocessed(settings.input) else preprocessing(settings, processor, model, targets)
     if making is not None:
-        checked_source(making, processor, output_dir)  # raises before anything is deleted
+        source = checked_source(making, processor, output_dir)  # raises before anything is deleted, as the next
+        check_class_meanings(
+            config, {target.name: target.class_names for target in source.targets if target.class_names}
+        )
         preprocess_into(output_dir, making)
     dataset = open_dataset(settings.input if making is None else making.output)
     dataset.check(processor)
     check_units(dataset, units)
+    binary_class_names = dataset.binary_class_names(targets) if problem_type == BINARY else {}
+    check_class_meanings(config, binary_class_names)
     part = chosen_part(settings, dataset)
     rows = dataset.splits[part]
     data = labelled(rows, targets)
@@ -200,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_names=targets,
         target_units=list(units.values()),
         class_names=target_names(config) if problem_type == CLASSES else None,
-        binary_class_names=dataset.binary_class_names(targets) if problem_type == BINARY else {},
+        binary_class_names=binary_class_names,
         runs=[Run(MODEL, None, test)],
         reported=MODEL,
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),

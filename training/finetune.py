@@ -53,6 +53,7 @@ from moleblend_hf import (
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES
 from moleblend_hf.prediction_moleblend import predict_graphs
+from moleblend_hf.targets_moleblend import units_dtype
 from moleblend_hf.verification import write_reference_outputs
 from objective import CONFORMER, molecule_seeds, uniform
 from optimization import freeze, parameter_groups
@@ -73,7 +74,7 @@ from report import (
 from reporting import environment, without_places
 from settings import load_settings, setting
 from splits import SPLITS
-from tasks import PROBLEM_TYPES, Task, check_transforms
+from tasks import PROBLEM_TYPES, Task, check_class_meanings, check_transforms
 
 HERE = Path(__file__).parent
 PARTS = ("train", "validation", "test")
@@ -175,6 +176,13 @@ class FinetuningSettings:
         for name in ("seeds", "epochs", "patience", "batch_size", "num_conformers", "num_proc"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("max_training_molecules", "max_validation_molecules"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out to take all.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}.")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction must lie between 0 and 1, got {self.warmup_fraction}.")
         if self.folds is not None and (self.folds < 2 or self.seeds > 1):
             raise ValueError(
                 f"folds must be 2 or more, with one model for each, got {self.folds} and {self.seeds} seeds."
@@ -206,7 +214,7 @@ class Data:
             remedy = (
                 "Preprocess it with --split scaffold (or another), or name the column that holds the part with --split_column."
                 if split == "given"
-                else f"The {split} split puts none of its {num:,} molecules there: take --split random, or more molecules."
+                else f"The {split} split puts none of its {num:,} molecules there: take more of them, or another split or split_fractions."
             )
             raise ValueError(
                 f"The dataset {dataset.name!r} has no part {missing[0]!r}; it has {', '.join(dataset.splits)}. {remedy}"
@@ -276,11 +284,8 @@ class Finetuning:
 
     def new_model(self, seed: int, from_scratch: bool) -> PreTrainedModel:
         """The model to train, from the checkpoint or from random weights; what is not from the checkpoint is printed."""
-        settings = self.settings
+        settings, values = self.settings, self.target_values
         stored = MoleBlendConfig.from_pretrained(settings.model)
-        if isinstance(stored, MoleBlendConfig) and stored.model_type != MoleBlendConfig.model_type:
-            raise ValueError(f"{settings.model!r} is an ensemble. Choose one of its members in its folder members/.")
-        values = self.target_values
         same = ("id2label", "problem_type", "target_transforms")
         # A unit that nobody has named is taken for the same, as in an evaluation.
         units = zip(stored.target_units or [], values["target_units"] or [], strict=False)
@@ -291,8 +296,7 @@ class Finetuning:
         )
         if continued:  # the head goes on in the units that it has learned
             values = values | {"target_means": stored.target_means, "target_scales": stored.target_scales}
-        # The architecture that is stored is another one than is made of it here.
-        config = MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings, "architectures": None})
+        config = changed_config(stored, settings, values)
         of_atoms = self.data.labelled.num_atoms is not None
         model_class = MoleBlendForTokenClassification if of_atoms else MoleBlendForSequenceClassification
         set_seed(seed)
@@ -323,8 +327,8 @@ class Finetuning:
                 padded = np.full((*batch["attention_mask"].shape, labels.shape[1]), np.nan)
                 padded[batch["attention_mask"].bool().numpy()] = labels
                 labels = padded
-            batch["labels"] = torch.from_numpy(labels).float()
-            batch["label_weights"] = torch.ones_like(batch["labels"])
+            batch["labels"] = torch.from_numpy(labels).to(units_dtype(self.accelerator.device))
+            batch["label_weights"] = torch.ones_like(batch["labels"], dtype=torch.float32)
             yield batch
 
     def weigh(self, batch: dict[str, torch.Tensor], class_weights: np.ndarray | None) -> float:
@@ -351,13 +355,15 @@ class Finetuning:
         """Predictions for some rows, averaged over their conformers; the processes share the work."""
         accelerator, budget = self.accelerator, self.budget()
         share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
-        found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), budget).values
+        found = None  # with fewer molecules than processes
+        if len(share):
+            found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), budget).values
         if accelerator.num_processes == 1:
             return found
         if self.data.labelled.num_atoms is not None:
             raise ValueError("Targets of atoms are trained on one process.")
-        shares = gather_object([(share, found)])
-        values = np.empty((len(rows), found.shape[1]))
+        shares = [(positions, part) for positions, part in gather_object([(share, found)]) if part is not None]
+        values = np.empty((len(rows), shares[0][1].shape[1]))
         for positions, part in shares:
             values[positions] = part
         return values
@@ -497,6 +503,29 @@ def processor_of(
     return processor
 
 
+def changed_config(
+    stored: MoleBlendConfig, settings: FinetuningSettings, values: Mapping[str, Any]
+) -> MoleBlendConfig:
+    """The config of the model to train: as stored, with values for the targets and what the settings change."""
+    # The architecture that is stored is another one than is made of it here.
+    return MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings, "architectures": None})
+
+
+def check_model(settings: FinetuningSettings, task: Task) -> None:
+    """Raise if no model for the task can be made of the checkpoint and the settings."""
+    stored = MoleBlendConfig.from_pretrained(settings.model)
+    if stored.model_type != MoleBlendConfig.model_type:
+        raise ValueError(f"{settings.model!r} is an ensemble. Choose one of its members in its folder members/.")
+    if settings.from_scratch != "only":
+        check_class_meanings(stored, task.binary_class_names)
+    names = task.class_names or ("0", "1") if task.kind == "classes" else task.names
+    config = changed_config(stored, settings, task.config_values_of(names))
+    if not 0 <= settings.frozen_layers <= config.num_hidden_layers:
+        raise ValueError(
+            f"frozen_layers must lie between 0 and the model's {config.num_hidden_layers} layers, got {settings.frozen_layers}."
+        )
+
+
 def task_of(settings: FinetuningSettings, dataset: str, targets: Sequence[Mapping[str, Any]]) -> Task:
     """The task that the settings name, or that the targets of a dataset have."""
     stored = {target["name"]: target for target in targets}
@@ -516,16 +545,26 @@ def task_of(settings: FinetuningSettings, dataset: str, targets: Sequence[Mappin
     kind = settings.task or kinds.pop()
     if kind != "regression" and settings.transforms:
         raise ValueError(f"transforms are for regression, but the task is {kind!r}. Leave them out.")
-    classes: list[str] = []
-    if kind == "classes":
-        classes = stored[names[0]].get("class_names") or []
+    classes = {name: found for name in names if (found := stored[name].get("class_names"))}
     return Task(
         kind,
         tuple(names),
         tuple(stored[name]["unit"] for name in names),
         tuple(settings.transforms.get(name, "none") for name in names) if settings.transforms else (),
-        tuple(classes),
+        tuple(classes.get(names[0], ())) if kind == "classes" else (),
+        {name: found for name, found in classes.items() if len(found) == 2} if kind == "classification" else {},
     )
+
+
+def number_of_classes(labels: np.ndarray, target: str) -> int:
+    """How many classes there are where nobody named them: indices from 0, each of which some label has."""
+    found = np.unique(labels[~np.isnan(labels)]).astype(int)
+    if missing := sorted(set(range(found[-1])) - set(found.tolist())):
+        raise ValueError(
+            f"Target {target!r} has labels up to {found[-1]}, but no molecule has {missing[0]}. Classes are counted from 0; "
+            f"if others are meant, name them with --preprocessing class_names={','.join(map(str, found))}."
+        )
+    return len(found)
 
 
 def some_of(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
@@ -635,11 +674,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with accelerator.main_process_first():
         if making is not None and accelerator.is_main_process:
             targets = [dataclasses.asdict(target) for target in checked_source(making, checkpoint, output_dir).targets]
-            task_of(settings, making.input, targets)  # raises before anything is deleted
+            check_model(settings, task_of(settings, making.input, targets))  # raises before anything is deleted
             preprocess_into(output_dir, making)
         dataset = open_dataset(settings.input if making is None else making.output)
     processor = processor_of(settings, dataset, checkpoint)
     task = task_of(settings, dataset.name, dataset.about["targets"])
+    check_model(settings, task)
     data = Data.of(dataset, task.names)
     training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
     training = some_of(training, settings.max_training_molecules, settings.split_seed)
@@ -657,7 +697,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if set(task.transforms) - {"none"}:
         warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:
-        num_classes = int(np.nanmax(data.labels(np.concatenate([training, validation, test])))) + 1
+        num_classes = number_of_classes(data.labels(np.concatenate([training, validation, test])), task.names[0])
         task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
     finetuning = Finetuning(
         accelerator, settings, data, task, processor, task.config_values(data.labels(learned_from))
@@ -748,7 +788,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_names=list(task.names),
         target_units=list(task.units),
         class_names=list(task.class_names) or None,
-        binary_class_names=dataset.binary_class_names(task.names) if task.kind == "classification" else {},
+        binary_class_names=task.binary_class_names,
         runs=runs,
         reported=reported,
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),

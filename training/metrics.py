@@ -46,6 +46,11 @@ LOWER_IS_BETTER = frozenset(("mae", "rmse"))
 IN_UNITS = frozenset(("mae", "rmse", "interval_width"))  # of the target
 
 
+def have_mean(units: Sequence[str | None]) -> bool:
+    """Whether errors of targets in these units have a mean: they do in one unit, which somebody named if there are several."""
+    return len(units) == 1 or (len(set(units)) == 1 and units[0] is not None)
+
+
 def regression_metrics(
     labels: np.ndarray,
     values: np.ndarray,
@@ -60,7 +65,7 @@ def regression_metrics(
         labels: (n, T), NaN where missing.
         values: (n, T) predictions, in the units of the labels.
         names: of the T targets.
-        units: of the T targets; errors in different units have no mean.
+        units: of the T targets; errors in different or unknown units have no mean; None: nobody asks.
         lower: (n, T) ends of the intervals, NaN for a target without.
         upper: the other ends.
     """
@@ -70,8 +75,7 @@ def regression_metrics(
         found[name] = _regression(label, value) | {"num": len(label)}
         if lower is not None and upper is not None:
             found[name] |= _intervals(label, lower[known, column], upper[known, column])
-    mixed = units is not None and len(set(units)) > 1
-    return _summary(found, IN_UNITS if mixed else frozenset())
+    return _summary(found, IN_UNITS if units is not None and not have_mean(units) else frozenset())
 
 
 def binary_metrics(
@@ -131,7 +135,7 @@ def score(problem_type: str, labels: np.ndarray, values: np.ndarray, metric: str
         reasons = sorted({entry["reason"] for entry in found["undefined"] if entry["metric"] == metric})
         raise ValueError(
             f"{TITLES[metric]} is undefined for every target of these {len(labels)} molecules ({'; '.join(reasons)}). "
-            "Split the data another way, so that each part has labels of both kinds, or choose another metric."
+            "Split the data another way, so that each part has labels of both kinds."
         )
     return float(value)
 

@@ -61,6 +61,14 @@ class PartSettings:
     conformer_cache: str | None = None
     with_atom_order: bool = False  # for each atom of the graph its place among them in the order of the input
 
+    def __post_init__(self) -> None:
+        """Refuse targets that would share a column with something else."""
+        own = [] if not self.targets else part_schema(replace(self, targets=(), with_inchikey=True)).names
+        if taken := [target.name for target in self.targets if target.name in own]:
+            raise ValueError(
+                f"A target cannot be called {taken[0]!r}, which is a column of every dataset. Rename its column in the input."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -17,7 +17,18 @@ from transformers import PreTrainedConfig
 
 from data import PreprocessedDataset
 from data import column as column_of
-from metrics import BINARY, CLASSES, IN_UNITS, LOWER_IS_BETTER, METRICS, REGRESSION, TITLES, all_metrics, over_seeds
+from metrics import (
+    BINARY,
+    CLASSES,
+    IN_UNITS,
+    LOWER_IS_BETTER,
+    METRICS,
+    REGRESSION,
+    TITLES,
+    all_metrics,
+    have_mean,
+    over_seeds,
+)
 from moleblend_hf.prediction_moleblend import predicts_atoms
 from reporting import CARDS, dataset_id, render
 from result_plots import MAX_PANELS, plot_coverage, plot_parity, plot_reliability, plot_roc
@@ -100,7 +111,12 @@ class SplitFacts:
     leakage: dict[str, int] | None  # by pair of parts: molecules (InChIKeys) in both; None: nobody looked
     seed: int | None = None  # of a split that draws
     fractions: list[float] | None = None
-    tested: str = "test"  # part that the figures are of
+    tested: str = "test"  # part that the figures are of; "all": all rows of the input
+
+    @property
+    def what_is_tested(self) -> str:
+        """As a sentence has it."""
+        return "the input" if self.tested == "all" else f"the {self.tested} part"
 
     @classmethod
     def of(
@@ -242,12 +258,15 @@ def comparisons(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[
         if other not in experiment.names or other == experiment.reported:
             continue
         # From scratch there are single models: an ensemble would win by being one.
-        name = MODEL if other == FROM_SCRATCH and MODEL in experiment.names else experiment.reported
+        # So are random forests of folds, each of which has seen a part of what the ensemble has.
+        is_single = other == FROM_SCRATCH or experiment.settings.get("folds")
+        name = MODEL if is_single and MODEL in experiment.names else experiment.reported
         for metric in METRICS[experiment.problem_type]:
-            if metric in IN_UNITS and len(set(experiment.target_units)) > 1:
+            if metric in IN_UNITS and not have_mean(experiment.target_units):
                 found = _compared_by_target(results["models"], name, other, metric)
             else:
-                found = _compared(results["models"], name, other, metric)
+                runs = "folds" if experiment.settings.get("folds") else "seeds"
+                found = _compared(results["models"], name, other, metric, runs)
             yield f"{TITLES[metric]}: {found}"
 
 
@@ -267,8 +286,8 @@ def _compared_by_target(models: Mapping[str, Any], name: str, other: str, metric
     return f"{name} is better than {other} for {len(lower)} of {len(both)} targets, and not for {rest}."
 
 
-def _compared(models: Mapping[str, Any], name: str, other: str, metric: str) -> str:
-    """By the mean over the targets."""
+def _compared(models: Mapping[str, Any], name: str, other: str, metric: str, runs: str) -> str:
+    """By the mean over the targets; `runs` is what the runs of a model differ in."""
     ours, theirs = (models[each]["test"]["mean"][metric] for each in (name, other))
     if ours["mean"] is None or theirs["mean"] is None:
         undefined = " and ".join(each for each, found in ((name, ours), (other, theirs)) if found["mean"] is None)
@@ -286,7 +305,7 @@ def _compared(models: Mapping[str, Any], name: str, other: str, metric: str) -> 
         verdict = f"{name} is worse than {other}, {figures}"
     spreads = [found["std"] for found in (ours, theirs) if found["std"] is not None]
     if spreads and abs(difference) < max(spreads):
-        verdict += "; the difference is smaller than the spread over seeds"
+        verdict += f"; the difference is smaller than the spread over {runs}"
     return verdict + "."
 
 
@@ -302,11 +321,12 @@ def shown(spread: Mapping[str, Any], metric: str) -> str:
 
 
 def write_plots(experiment: Experiment, results: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Draw the test part as the reported run predicts it; return the caption and the file of each plot."""
+    """Draw the tested part as the reported run predicts it; return the caption and the file of each plot."""
     test, names = experiment.reported_run.test, experiment.target_names
+    of_what = experiment.split.what_is_tested.removeprefix("the ")
     if experiment.problem_type == REGRESSION:
         some = f" (the first {MAX_PANELS} of {len(names)} targets)" if len(names) > MAX_PANELS else ""
-        plots = [(f"Predicted against measured, test part{some}", "parity.png")]
+        plots = [(f"Predicted against measured, {of_what}{some}", "parity.png")]
         plot_parity(test.labels, test.values, names, experiment.target_units, folder / "parity.png")
     else:
         labels, curves = test.labels, names
@@ -314,8 +334,8 @@ def write_plots(experiment: Experiment, results: Mapping[str, Any], folder: Path
             curves = experiment.class_names or []
             labels = np.where(np.isnan(labels), np.nan, labels == np.arange(test.values.shape[1]))
         plots = [
-            ("ROC curves, test part", "roc.png"),
-            ("Calibration of the probabilities, test part", "reliability.png"),
+            (f"ROC curves, {of_what}", "roc.png"),
+            (f"Calibration of the probabilities, {of_what}", "reliability.png"),
         ]
         plot_roc(labels, test.values, curves, folder / "roc.png")
         plot_reliability(labels, test.values, folder / "reliability.png")
@@ -324,7 +344,7 @@ def write_plots(experiment: Experiment, results: Mapping[str, Any], folder: Path
         coverage = {name: figures["coverage"] for name, figures in covered.items()}
         chance = {name: _chance(experiment, name, figures["num"]) for name, figures in covered.items()}
         plot_coverage(coverage, chance, experiment.conformal_coverage, folder / "coverage.png")
-        plots.append(("Conformal coverage, test part", "coverage.png"))
+        plots.append((f"Conformal coverage, {of_what}", "coverage.png"))
     return plots
 
 
@@ -374,7 +394,7 @@ def card(
         models_table=_models_table(experiment, results),
         targets_table=_targets_table(experiment, results),
         num_targets_left_out=max(0, len(experiment.target_names) - MAX_TARGETS_IN_CARD),
-        mixed_units=experiment.problem_type == REGRESSION and len(set(experiment.target_units)) > 1,
+        mixed_units=experiment.problem_type == REGRESSION and not have_mean(experiment.target_units),
         undefined=list(_undefined(experiment, results)),
         titles=TITLES,
         split_definition=SPLIT_DEFINITIONS.get(experiment.split.name, "see the command"),
@@ -409,16 +429,17 @@ def plain_words(experiment: Experiment, results: Mapping[str, Any], of_atoms: bo
     found, test = _reported(experiment, results), experiment.reported_run.test
     mean = found["mean"]
     one, article = ("atom", "an") if of_atoms else ("molecule", "a")
+    of_what = experiment.split.what_is_tested
     if experiment.problem_type == REGRESSION:
         for column, (name, unit) in itertools.islice(enumerate(results["targets"].items()), MAX_PANELS):
             figures, unit = found["targets"][name], f" {unit}" if unit else ""
             if figures["mae"] is None:
-                yield f"{name}: nothing could be measured, no {one} of the test part has a label."
+                yield f"{name}: nothing could be measured, no {one} of {of_what} has a label."
                 continue
             labels = test.labels[:, column]
             of_median = float(np.nanmean(np.abs(labels - np.nanmedian(labels))))
             yield (
-                f"{name}: on the {figures['num']:,} labels of the test part the model is off by {_one(figures['mae'], 'mae')}"
+                f"{name}: on the {figures['num']:,} labels of {of_what} the model is off by {_one(figures['mae'], 'mae')}"
                 f"{unit} on average. Whoever named their median for every {one} would be off by {_one(of_median, 'mae')}{unit}."
             )
         return
@@ -455,7 +476,7 @@ def _models_table(experiment: Experiment, results: Mapping[str, Any]) -> Table:
     metrics = [
         metric
         for metric in METRICS[experiment.problem_type]
-        if metric not in IN_UNITS or len(set(experiment.target_units)) == 1
+        if metric not in IN_UNITS or have_mean(experiment.target_units)
     ]
     unit = experiment.target_units[0]
     num, counts = len(experiment.target_names), _reported(experiment, results)["mean"]["num_targets"]
@@ -464,7 +485,7 @@ def _models_table(experiment: Experiment, results: Mapping[str, Any]) -> Table:
     for metric in metrics:
         title = f"{TITLES[metric]} ({unit})" if metric in IN_UNITS and unit else TITLES[metric]
         title += f" of {counts[metric]} of {num} targets" if counts[metric] < num else ""
-        header += [f"{title}, {parts[0]}", *parts[1:]]
+        header += [f"{title}, {experiment.split.tested}", *parts[1:]]
     cells = list(itertools.product(metrics, parts))
     rows = []
     for name, model in results["models"].items():

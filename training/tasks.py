@@ -1,6 +1,7 @@
 """What a fine-tuned model is to predict: targets, their units and transforms, and how a prediction is scored."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ class Task:
     units: tuple[str | None, ...]
     transforms: tuple[str, ...] = ()  # of regression targets, as in MoleBlendConfig; (): none
     class_names: tuple[str, ...] = ()  # of the one target of the kind "classes"
+    binary_class_names: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # of 0 and 1, by target, where they are known
 
     @property
     def problem_type(self) -> str:
@@ -39,7 +43,16 @@ class Task:
             labels: (n, T) of the training molecules, NaN where missing; regression is scaled by their mean and standard
                 deviation, after the transform.
         """
-        names = self.class_names or self.names
+        values = self.config_values_of(self.class_names or self.names)
+        if self.kind != "regression":
+            return values
+        learned = self.learned(labels)
+        values["target_means"] = np.nanmean(learned, axis=0).tolist()
+        values["target_scales"] = spreads(learned).tolist()
+        return values
+
+    def config_values_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """The same but for what only labels tell; `names` are those of the outputs: targets or classes."""
         values: dict[str, Any] = {
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
@@ -48,16 +61,15 @@ class Task:
             "target_scales": None,
             "target_units": None,
             "target_transforms": None,
+            "target_class_names": None,
             "conformal_coverage": None,
             "conformal_quantiles": None,
         }
-        if self.kind != "regression":
-            return values
-        values["target_units"] = [unit or "" for unit in self.units] if any(self.units) else None
-        values["target_transforms"] = list(self.transforms) or None
-        learned = self.learned(labels)
-        values["target_means"] = np.nanmean(learned, axis=0).tolist()
-        values["target_scales"] = spreads(learned).tolist()
+        if self.kind == "regression":
+            values["target_units"] = [unit or "" for unit in self.units] if any(self.units) else None
+            values["target_transforms"] = list(self.transforms) or None
+        elif self.binary_class_names:
+            values["target_class_names"] = [self.binary_class_names.get(name) for name in self.names]
         return values
 
     def learned(self, values: np.ndarray) -> np.ndarray:
@@ -76,6 +88,23 @@ def spreads(values: np.ndarray) -> np.ndarray:
     """Standard deviation (T,) of each target of (n, T); 1 for one that never varies, and is predicted as its one value."""
     deviations, sizes = np.nanstd(values, axis=0), np.nanmax(np.abs(values), axis=0)
     return np.where(deviations > 1e-12 * sizes, deviations, 1.0)  # a mean of equal numbers may be off by a rounding
+
+
+def check_class_meanings(config: MoleBlendConfig, names: Mapping[str, Sequence[str]]) -> None:
+    """Raise where labels have 0 and 1 the other way round than a model that predicts the same target.
+
+    Args:
+        config: of the model.
+        names: of 0 and 1, by target.
+    """
+    for index, known in enumerate(config.target_class_names or ()):
+        target = config.id2label[index]
+        given = names.get(target)
+        if known is not None and given is not None and list(known) != list(given):
+            raise ValueError(
+                f"For target {target!r} the labels are 0 for {given[0]!r} and 1 for {given[1]!r}, but for the model 0 is "
+                f"{known[0]!r} and 1 {known[1]!r}. Preprocess them with class_names={','.join(known)}."
+            )
 
 
 def check_transforms(task: Task, labels: np.ndarray) -> None:

@@ -31,7 +31,9 @@ MAX_PATH_BONDS = 8
 # Rows for padding, 0 to 509 bonds, and what the processor writes for unreachable.
 MAX_SHORTEST_PATH_DISTANCES = 512
 # What describes one target each, and says nothing about others.
-PER_TARGET = ("target_means", "target_scales", "target_units", "target_transforms", "conformal_quantiles")
+PER_TARGET = (
+    "target_means", "target_scales", "target_units", "target_transforms", "target_class_names", "conformal_quantiles",
+)  # fmt: skip
 PROCESSORS = {
     "AutoProcessor": "processing_moleblend.MoleBlendProcessor",
     "AutoFeatureExtractor": "processing_moleblend.MoleBlendProcessor",
@@ -122,6 +124,9 @@ class MoleBlendConfig(PreTrainedConfig):
         Standard deviation of each regression target after its transform; the loss is taken in these units.
     target_units (`list[str]`, *optional*):
         Unit of each target, for people; the names of the targets are `id2label`.
+    target_class_names (`list[list[str]]`, *optional*):
+        What 0 and 1 mean for each binary task, for people and for labels that say it in words; `None` for a target of which
+        nobody said so. The names of the classes of one target are `id2label`.
     conformal_coverage (`float`, *optional*):
         Share of new molecules, alike to those of the calibration, whose true value the conformal intervals or sets hold.
     conformal_quantiles (`list[float]`, *optional*):
@@ -195,6 +200,7 @@ class MoleBlendConfig(PreTrainedConfig):
     target_means: list[float | int] | tuple[float | int, ...] | None = None
     target_scales: list[float | int] | tuple[float | int, ...] | None = None
     target_units: list[str] | tuple[str, ...] | None = None
+    target_class_names: list[list[str] | tuple[str, ...] | None] | tuple[list[str] | tuple[str, ...] | None, ...] | None = None
     conformal_coverage: float | None = None
     conformal_quantiles: list[float | int | None] | tuple[float | int | None, ...] | None = None
 
@@ -327,6 +333,16 @@ class MoleBlendConfig(PreTrainedConfig):
                 raise ValueError(
                     f'`{name}` is for regression targets, but `problem_type` is "{self.problem_type}"; '
                     'drop it or set `problem_type="regression"`.'
+                )
+        if self.target_class_names is not None and self.problem_type not in (None, "multi_label_classification"):
+            raise ValueError(
+                f'`target_class_names` is for binary tasks, but `problem_type` is "{self.problem_type}"; drop it, or set '
+                '`problem_type="multi_label_classification"`.'
+            )
+        for pair in self.target_class_names or ():
+            if pair is not None and (len(pair) != 2 or pair[0] == pair[1]):
+                raise ValueError(
+                    f"`target_class_names` has {list(pair)}; give the two names of 0 and 1, or None, for each target."
                 )
         for transform in self.target_transforms or ():
             if transform not in TARGET_TRANSFORMS:

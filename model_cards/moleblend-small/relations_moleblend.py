@@ -80,7 +80,7 @@ class MoleBlendAttentionBias(nn.Module):
 
     def shortest_path_bias(self, shortest_path_distance: torch.Tensor) -> torch.Tensor:
         """`(rows,)` in bonds to `(rows, H)`."""
-        index = (shortest_path_distance + 1).clamp(max=self.shortest_path_embedding.num_embeddings - 1)
+        index = (shortest_path_distance + 1).clamp(max=len(self.shortest_path_embedding.weight) - 1)
         return self.shortest_path_embedding(index).float()
 
     def bond_path_bias(self, path_bond_types: torch.Tensor) -> torch.Tensor:

@@ -78,12 +78,20 @@ def untransformed(values: torch.Tensor, config: MoleBlendConfig) -> torch.Tensor
     return torch.stack([TRANSFORMS[name][1](column) for name, column in columns], dim=-1)
 
 
+def units_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of values in the targets' own units: fp64, or fp32 on devices that may not have it.
+
+    A mean may be a million times the spread, as of total energies: in fp32 all molecules would have the same value.
+    """
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def in_target_units(outputs: torch.Tensor, config: MoleBlendConfig) -> torch.Tensor:
-    """Outputs of the head `(..., T)` in the targets' own units, in fp32 at least if that is any change."""
+    """Outputs of the head `(..., T)` in the targets' own units, in `units_dtype` if that is any change."""
     # CODEPATH: regression checkpoints fine-tuned with scaled targets; converted ones and classifiers have none.
     if config.target_scales is None and config.target_transforms is None:
         return outputs
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    outputs = outputs.to(units_dtype(outputs.device))
     if config.target_scales is not None:
         outputs = outputs * outputs.new_tensor(config.target_scales) + outputs.new_tensor(config.target_means)
     return untransformed(outputs, config)
