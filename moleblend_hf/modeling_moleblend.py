@@ -388,7 +388,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         ```
         """
         # PEFT passes `input_ids=None` and the like to every model.
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # type: ignore[assignment]
         if unknown := sorted(set(kwargs) - set(TransformersKwargs.__annotations__) - {"use_cache"}):
             raise TypeError(f"Unexpected arguments {unknown}. Pass what the processor returns, no `kept_indices`.")
         if atom_features.dim() != 3 or atom_features.shape[2] != len(self.config.atom_vocabulary_sizes):

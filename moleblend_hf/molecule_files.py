@@ -13,11 +13,14 @@
 # limitations under the License.
 """Files of molecules, read and written a row at a time: SMILES, CSV, TSV, SDF and Parquet in; CSV and Parquet out."""
 
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +40,7 @@ ENDINGS = {
     **{".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv"},
     **{".sdf": "sdf", ".mol": "sdf", ".parquet": "parquet"},
 }
+WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
 ROWS_A_WRITE = 10_000  # of Parquet, in memory at once
 
 csv.field_size_limit(max(csv.field_size_limit(), 1 << 20))
@@ -113,21 +117,48 @@ def _format_of(path: str) -> str:
     return ENDINGS[ending]
 
 
+def _decoded_as_windows(error: UnicodeError) -> tuple[str, int]:
+    """Bytes that are no UTF-8 as characters that tell them apart; the five that Windows-1252 leaves free are controls."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    warnings.warn(
+        "There is text that is not UTF-8; it is read as Windows-1252, as Excel saves it. If its letters are wrong, save the "
+        "file as UTF-8.",
+        stacklevel=2,
+    )
+    wrong = error.object[error.start : error.end]
+    return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in wrong), error.end
+
+
+codecs.register_error(WINDOWS, _decoded_as_windows)
+
+
+def text_encoding(head: bytes) -> tuple[str, str]:
+    """Returns the encoding of a text that starts so, and what is to be done about bytes that are none of it."""
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return ("utf-16", "replace") if is_utf16 else ("utf-8-sig", WINDOWS)
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[TextIO]:
     if path == STANDARD_STREAM:
         if sys.stdin.isatty():
             print("Reading molecules from the terminal; Ctrl-D ends them.", file=sys.stderr)
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline="")  # as a file, below
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors=WINDOWS, newline="")  # as a file, below
         yield sys.stdin
         return
     with ExitStack() as stack:
         raw = stack.enter_context(Path(path).open("rb"))
         is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
         file: Any = stack.enter_context(gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+        try:
+            head = file.peek(2)[:2]
+        except (EOFError, OSError, zlib.error):  # who reads it finds the damage again, and names it
+            head = b""
         # What is not text cannot be parsed either, and is an error of its row.
-        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline=""))
+        encoding, errors = text_encoding(head)
+        yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=""))
 
 
 def _read_smiles(lines: Iterable[str]) -> Iterator[MoleculeRow]:
@@ -148,8 +179,13 @@ def _read_smiles(lines: Iterable[str]) -> Iterator[MoleculeRow]:
 def _read_table(
     lines: Iterable[str], delimiter: str, smiles_column: str | None, id_column: str | None
 ) -> Iterator[MoleculeRow]:
+    lines = iter(lines)
+    first = next(lines, "")
+    if delimiter == DELIMITERS["csv"] not in first and len(found := [mark for mark in ";\t" if mark in first]) == 1:
+        delimiter = found[0]
+        print(f"Delimiter: {delimiter!r}, for the first line has no comma.", file=sys.stderr)
     # Strict, or else a quote that is never closed swallows the rows after it without a word.
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
@@ -177,7 +213,7 @@ def _read_table(
         else:
             smiles = cells[smiles_at].strip()
             values = dict(zip(header, cells, strict=True))
-            yield MoleculeRow(str(row) if id_at is None else cells[id_at], smiles, smiles, values)
+            yield MoleculeRow(str(row) if id_at is None else _id_in(cells[id_at], row), smiles, smiles, values)
         row += 1
 
 
@@ -194,7 +230,13 @@ def _read_parquet(path: str, smiles_column: str | None, id_column: str | None) -
         rows = (cells for batch in file.iter_batches(columns=header) for cells in batch.to_pylist())
         for row, cells in enumerate(rows):
             smiles = str(cells[smiles_name] or "").strip()
-            yield MoleculeRow(str(row) if id_name is None else str(cells[id_name]), smiles, smiles, cells)
+            identifier = str(row) if id_name is None else _id_in(cells[id_name], row)
+            yield MoleculeRow(identifier, smiles, smiles, cells)
+
+
+def _id_in(cell: Any, row: int) -> str:
+    """The id in a cell; where it is empty, one that is no number, which other cells may hold."""
+    return ("" if cell is None else str(cell).strip()) or f"row {row}"
 
 
 def _position(name: str, header: list[str]) -> int:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -507,3 +508,24 @@ def test_a_process_reads_standard_input_and_writes_only_rows_to_standard_output(
     values = [float(rows[row]["gap"]) for row in READABLE]
     np.testing.assert_allclose(values, expected(models / "finetune")[:, 0], atol=1e-6)
     assert result.stderr == "6 molecules, 1 of them with an error.\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig"])
+def test_tables_as_excel_saves_them_are_read_with_their_names(models, tmp_path, encoding):
+    """In Windows' encodings, with semicolons where commas are decimal."""
+    path = tmp_path / "excel.csv"
+    path.write_bytes("SMILES;Name\r\nCCO;café\r\nCCC;Ångström\r\nC;\r\n".encode(encoding))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is text that is not UTF-8")
+        rows = rows_of(moleblend("predict", models / "finetune", path, "--id-column", "Name"))
+    assert [row["id"] for row in rows] == ["café", "Ångström", "row 2"]
+    assert not any(row["error"] for row in rows)
+
+
+def test_the_output_is_utf8_whatever_the_code_page_of_the_terminal(models, tmp_path):
+    path = tmp_path / "names.smi"
+    path.write_text("CCO ethanol\nCC β-name\n", encoding="utf-8")
+    command = [sys.executable, "-m", "moleblend_hf.cli", "predict", str(models / "finetune"), str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    found = subprocess.run(command, capture_output=True, env=environment, check=True).stdout.decode("utf-8")
+    assert [row["id"] for row in csv.DictReader(io.StringIO(found))] == ["ethanol", "β-name"]

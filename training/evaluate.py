@@ -32,7 +32,7 @@ from files import check_may_be_emptied, empty
 from inputs import checked_source, preprocess_into, preprocessing_of
 from labels import atom_names, graphs_of, labelled
 from metrics import BINARY, CLASSES, REGRESSION, TITLES
-from moleblend_hf import MoleBlendConfig, MoleBlendProcessor
+from moleblend_hf import MoleBlendProcessor
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from preprocess import PreprocessingSettings
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
@@ -119,7 +119,7 @@ def preprocessing(
     return preprocessing_of(settings.input, settings.output_dir, processor, values, settings.preprocessing)
 
 
-def shared_class_names(config: MoleBlendConfig, targets: Sequence[str]) -> list[str] | None:
+def shared_class_names(config: Any, targets: Sequence[str]) -> list[str] | None:
     """The names of 0 and 1 for the model, if they are the same for all of the targets."""
     known = dict(zip(target_names(config), config.target_class_names or (), strict=False))
     pairs = [known.get(name) for name in targets]

@@ -1,21 +1,20 @@
 """Files of text as they lie on disk, plain, gzipped or in a tar archive, and whether they are what their names say."""
 
-import codecs
 import gzip
 import io
 import re
 import shutil
 import tarfile
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
 
+from moleblend_hf.molecule_files import text_encoding
+
 DAMAGE = (EOFError, OSError, zlib.error, tarfile.TarError)
 GZIP = b"\x1f\x8b"
-WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
 NOT_TEXT = (  # patterns of how files start that are often found under the name of another, and no text does
     (rb"PK\x03\x04", "a zip archive or an Excel workbook", "Unpack it, or save it as CSV"),
     (rb"\xd0\xcf\x11\xe0", "an Excel workbook", "Save it as CSV"),
@@ -27,22 +26,6 @@ NOT_TEXT = (  # patterns of how files start that are often found under the name 
     (rb"(?i)\s*<!doctype", "a web page", "Download the file again; the address led to a page about it"),
     (rb"(?i)\s*<html", "a web page", "Download the file again; the address led to a page about it"),
 )
-
-
-def _decoded_as_windows(error: UnicodeError) -> tuple[str, int]:
-    """Bytes that are no UTF-8 as characters that tell them apart; the five that Windows-1252 leaves free are controls."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    warnings.warn(
-        "There is text that is not UTF-8; it is read as Windows-1252, as Excel saves it. If its letters are wrong, save the "
-        "file as UTF-8.",
-        stacklevel=2,
-    )
-    wrong = error.object[error.start : error.end]
-    return "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in wrong), error.end
-
-
-codecs.register_error(WINDOWS, _decoded_as_windows)
 
 
 def check_does_not_hold(folder: Path, name: str, path: str | Path) -> None:
@@ -121,8 +104,7 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
             if sdf is None:
                 raise ValueError(f"The archive {path} holds no file that ends in .sdf. Give one that does.")
             file = cast(io.BufferedReader, archive.extractfile(sdf))
-        is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding, errors = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", WINDOWS)
+        encoding, errors = text_encoding(head)
         yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline))
 
 

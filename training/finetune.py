@@ -354,14 +354,16 @@ class Finetuning:
     def predict(self, model: PreTrainedModel, rows: np.ndarray) -> np.ndarray:
         """Predictions for some rows, averaged over their conformers; the processes share the work."""
         accelerator, budget = self.accelerator, self.budget()
-        share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
-        found = None  # with fewer molecules than processes
-        if len(share):
-            found = predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), budget).values
+
+        def predicted(share: np.ndarray) -> np.ndarray:
+            return predict_graphs(model, self.processor, graphs_of(self.data.rows, rows[share]), budget).values
+
         if accelerator.num_processes == 1:
-            return found
+            return predicted(np.arange(len(rows)))
         if self.data.labelled.num_atoms is not None:
             raise ValueError("Targets of atoms are trained on one process.")
+        share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
+        found = predicted(share) if len(share) else None  # with fewer molecules than processes
         shares = [(positions, part) for positions, part in gather_object([(share, found)]) if part is not None]
         values = np.empty((len(rows), shares[0][1].shape[1]))
         for positions, part in shares:
@@ -788,7 +790,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_names=list(task.names),
         target_units=list(task.units),
         class_names=list(task.class_names) or None,
-        binary_class_names=task.binary_class_names,
+        binary_class_names={name: list(pair) for name, pair in task.binary_class_names.items()},
         runs=runs,
         reported=reported,
         dataset=DatasetFacts.of(dataset, Path(settings.input).name),

@@ -90,7 +90,7 @@ def spreads(values: np.ndarray) -> np.ndarray:
     return np.where(deviations > 1e-12 * sizes, deviations, 1.0)  # a mean of equal numbers may be off by a rounding
 
 
-def check_class_meanings(config: MoleBlendConfig, names: Mapping[str, Sequence[str]]) -> None:
+def check_class_meanings(config: Any, names: Mapping[str, Sequence[str]]) -> None:
     """Raise where labels have 0 and 1 the other way round than a model that predicts the same target.
 
     Args:
