@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,9 @@ import release
 import reporting
 import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
+from optimization import move_average
 from rows import GraphTable, flat_graphs, graph_columns
+from run_state import checkpoints_in, damage
 
 TRAINING = Path(pretrain.__file__).parent
 SAMPLE = TRAINING / "sample"
@@ -898,3 +901,76 @@ def test_sharded_weights_train_resume_and_load_as_whole_ones(dataset, tmp_path):
     result = launch("--resume", "auto")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (sharded / "model.safetensors").read_bytes() == first
+
+
+def test_the_moving_average_is_that_of_torch():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    ours = torch.optim.swa_utils.AveragedModel(model)
+    theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for _ in range(4):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        move_average(ours, model, 0.9)
+        theirs.update_parameters(model)
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
+        )
+
+
+def test_two_runs_do_not_write_into_one_folder(dataset, tmp_path):
+    """The system lets go of the folder when a run ends, also when it is killed."""
+    first = launched(dataset, tmp_path / "run", "--max_steps", "100000", "--checkpointing_steps", "1")
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert first.poll() is None, first.stderr.read()[-3000:]
+        time.sleep(0.1)
+    with pytest.raises(RuntimeError, match=r"Another run is writing into"):
+        run(dataset, tmp_path / "run", "--resume", "auto", "--max_steps", "100000", model=STILL)
+    first.kill()
+    first.communicate()
+    step = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    run(dataset, tmp_path / "run", "--resume", "auto", "--max_steps", str(step + 1), model=STILL)
+
+
+def test_what_is_saved_is_kept_and_damaged_later_checkpoints_are_not(dataset, tmp_path):
+    flags = ["--checkpointing_steps", "1", "--checkpoints_to_keep", "2", "--max_steps", "4"]
+    checkpoints = run(dataset, tmp_path, *flags) / "checkpoints"
+    (checkpoints / "step-4" / "optimizer.bin").write_bytes(b"damaged")
+    run(dataset, tmp_path, *flags, "--checkpoints_to_keep", "1", "--max_hours", "1e-9", "--resume", "auto")
+    assert [path.name for path in checkpoints_in(checkpoints)] == ["step-4"]
+    assert damage(checkpoints / "step-4") is None
+    shutil.copytree(checkpoints / "step-4", checkpoints / "step-9")  # a later one that cannot be resumed from
+    (checkpoints / "step-9" / "optimizer.bin").write_bytes(b"damaged")
+    run(dataset, tmp_path, *flags, "--checkpoints_to_keep", "1", "--max_steps", "5", "--resume", "auto")
+    assert [path.name for path in checkpoints_in(checkpoints)] == ["step-5"]
+
+
+def ranks_on_two_machines(dataset: Path, folders: list[Path], *flags: str) -> list[tuple[int, str]]:
+    """Two processes as on machines with a disk each: the exit status and what is said by each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        command = ("env", *(f"{name}={value}" for name, value in environment.items()), sys.executable)
+        processes.append(launched(dataset, Path("out"), *flags, command=command, cwd=folder))
+    return [(process.returncode, found[1]) for process in processes if (found := process.communicate(timeout=300))]
+
+
+def test_machines_that_do_not_share_the_output_are_told_at_the_first_checkpoint(dataset, tmp_path):
+    found = ranks_on_two_machines(dataset, [tmp_path / "a", tmp_path / "b"], "--checkpointing_steps", "1")
+    for status, errors in found:
+        assert status != 0
+        assert "The main process does not see random_states_1.pkl" in errors
+
+
+def test_machines_that_find_other_checkpoints_do_not_resume(dataset, tmp_path):
+    (tmp_path / "a").mkdir()
+    run(dataset, tmp_path / "a" / "out", "--checkpointing_steps", "1", model=STILL)
+    found = ranks_on_two_machines(dataset, [tmp_path / "a", tmp_path / "b"], "--resume", "auto", "--max_steps", "4")
+    for status, errors in found:
+        assert status != 0
+        assert "resumes from step-2, but process 1" in errors

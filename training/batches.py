@@ -29,13 +29,15 @@ def cut(sizes: np.ndarray, budget: Budget, multiple_of: int = 1) -> list[np.ndar
     Their number is a multiple of `multiple_of`: of that many parts the budget is the smallest, so that all cost about the same;
     where it comes to fewer, the costliest is halved.
     """
-    parts = list(budget.cut(sizes))
+    order = np.argsort(-sizes, kind="stable")  # once, and not for each budget that is tried
+    ordered = sizes[order]
+    parts = list(budget.cut(ordered))
     if multiple_of > 1:
         allowed = -(-len(parts) // multiple_of) * multiple_of
         enough, too_small = 1.0, 0.0
         for _ in range(12):
             share = (enough + too_small) / 2
-            smaller = list(Budget(int(share * budget.max_tokens), int(share * budget.max_pairs)).cut(sizes))
+            smaller = list(Budget(int(share * budget.max_tokens), int(share * budget.max_pairs)).cut(ordered))
             if len(smaller) <= allowed:
                 enough, parts = share, smaller
             else:
@@ -43,10 +45,10 @@ def cut(sizes: np.ndarray, budget: Budget, multiple_of: int = 1) -> list[np.ndar
     while len(parts) % multiple_of:
         if len(parts) == len(sizes):
             raise ValueError(f"{len(sizes):,} molecules cannot be shared by {multiple_of} processes. Take a multiple.")
-        index = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1) * cost(sizes[parts[i]]))
+        index = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1) * cost(ordered[parts[i]]))
         half = -(-len(parts[index]) // 2)
         parts[index : index + 1] = [parts[index][:half], parts[index][half:]]
-    return parts
+    return [order[part] for part in parts]
 
 
 def cost(sizes: np.ndarray) -> float:

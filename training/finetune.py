@@ -22,13 +22,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object, set_seed
 from sklearn.model_selection import GroupKFold
 from tqdm.auto import tqdm
@@ -660,7 +661,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Without geometries, the parameters of the distances get no gradient.
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # for who waits while one process makes conformers
+        ],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Which parameters are trained in fine-tuning, and how fast: freezing and layer-wise decay of the learning rate."""
+"""Which parameters are trained in fine-tuning, and how fast; and a moving average of those of a pretraining."""
 
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -40,3 +41,18 @@ def parameter_groups(
         }
         for (level, is_matrix), parameters in groups.items()
     ]
+
+
+@torch.no_grad()
+def move_average(average: AveragedModel, model: torch.nn.Module, decay: float) -> None:
+    """Take weights into their exponential moving average, as `AveragedModel.update_parameters` does.
+
+    That copies its count of updates to the device each time, for which the CPU waits; `average.n_averaged` lies on the CPU.
+    """
+    averages: list[torch.Tensor] = list(average.module.parameters())
+    weights: list[torch.Tensor] = list(model.parameters())
+    if average.n_averaged == 0:
+        torch._foreach_copy_(averages, weights)
+    else:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+    average.n_averaged += 1

@@ -22,13 +22,14 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -37,7 +38,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -52,6 +53,7 @@ from moleblend_hf import MoleBlendConfig, MoleBlendForPreTraining, MoleBlendProc
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.verification import write_reference_outputs
 from objective import count_targets, drawn, molecule_seeds
+from optimization import move_average
 from reporting import (
     MetricsLog,
     Window,
@@ -62,7 +64,15 @@ from reporting import (
     without_places,
     write_card,
 )
-from run_state import checkpoints_in, find_checkpoint, independent_of_wrapping, load_checkpoint, save_checkpoint
+from run_state import (
+    agreed,
+    checkpoints_in,
+    claimed,
+    find_checkpoint,
+    independent_of_wrapping,
+    load_checkpoint,
+    save_checkpoint,
+)
 from settings import load_settings, setting
 
 HERE = Path(__file__).parent
@@ -215,7 +225,12 @@ def write_folder(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the pretraining that the arguments describe."""
-    settings = parse_args(argv)
+    with ExitStack() as held:
+        run(parse_args(argv), sys.argv[1:] if argv is None else argv, held)
+
+
+def run(settings: PretrainingSettings, arguments: list[str], held: ExitStack) -> None:
+    """Pretrain; what the run holds until it ends, however it does, goes into `held`."""
     output_dir = Path(settings.output_dir)
     checkpoints = output_dir / "checkpoints"
     checkpoint = find_checkpoint(settings.resume, checkpoints)
@@ -242,9 +257,12 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=settings.mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=settings.trackers or None,
+        # For who waits while one process makes the cache of a large dataset.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
+    checkpoint = agreed(accelerator, checkpoint, output_dir)
     # Which `accelerate launch` may have chosen.
     settings = dataclasses.replace(settings, mixed_precision=accelerator.mixed_precision)
     if settings.mixed_precision == "fp16" and device.type == "cpu":
@@ -291,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.ema_decay is not None:
         if is_sharded:
             raise ValueError("ema_decay needs whole weights on each process, which FSDP shards. Leave it out.")
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).to(device)
+        average = AveragedModel(model).to(device)
         average.n_averaged = average.n_averaged.cpu()  # read at each step, which must not wait for the device
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -337,7 +355,6 @@ def main(argv: list[str] | None = None) -> None:
         generator=torch.Generator(),
     )
 
-    arguments = sys.argv[1:] if argv is None else argv
     facts: dict[str, Any] = {
         "command": shlex.join(["accelerate", "launch", "training/pretrain.py", *without_places(arguments)]),
         "settings": without_places(dataclasses.asdict(settings) | dataclasses.asdict(budget)),
@@ -369,8 +386,8 @@ def main(argv: list[str] | None = None) -> None:
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
     left_out_steps = output_dir / "left_out_steps.jsonl"
+    held.enter_context(claimed(accelerator, output_dir))
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             for old in (checkpoints, output_dir / "tensorboard"):
                 empty(old)
@@ -455,8 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if average is not None:
-            average.update_parameters(accelerator.unwrap_model(model))
+        if average is not None and settings.ema_decay is not None:
+            move_average(average, accelerator.unwrap_model(model), settings.ema_decay)
 
         step += 1
         progress.update()

@@ -4,14 +4,20 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.constants import RNG_STATE_NAME, SCALER_NAME
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,6 +25,8 @@ logger = get_logger(__name__)
 
 STATE_FILE = "run_state.json"
 AVERAGE_FILE = "average.safetensors"
+LOCK_FILE = ".lock"
+NOT_SHARED = "{} has to lie on a file system that all machines share."
 
 
 def save_checkpoint(
@@ -43,6 +51,13 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
+    expected = [f"{RNG_STATE_NAME}_{index}.pkl" for index in range(accelerator.num_processes)]
+    missing = [name for name in expected if not (partial / name).is_file()]
+    [missing] = broadcast_object_list([missing])  # as the main process sees it, which writes the rest
+    if missing:
+        raise RuntimeError(
+            f"The main process does not see {missing[0]}, which another has saved: {NOT_SHARED.format(folder)}"
+        )
     if accelerator.is_main_process:
         if average is not None:
             save_file(average.state_dict(), partial / AVERAGE_FILE)
@@ -58,7 +73,10 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync_folder(folder)
-        for old in checkpoints_in(folder)[: -to_keep or None] if to_keep else ():
+        # A later one was damaged, or the run would have gone on from it; kept, it would take the place of a sound one.
+        found = checkpoints_in(folder) if to_keep else []
+        until_now = [path for path in found if _step(path) <= step]
+        for old in [*found[len(until_now) :], *until_now[: -to_keep or None]] if to_keep else ():
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -152,6 +170,44 @@ def find_checkpoint(resume: str | None, folder: Path) -> Path | None:
     return Path(resume)
 
 
+def agreed(accelerator: Accelerator, checkpoint: Path | None, folder: Path) -> Path | None:
+    """The checkpoint to resume from, if every process found the same; or else each would train its own weights."""
+    record = None if checkpoint is None else (checkpoint.name, (checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    found = gather_object([(platform.node(), record)])
+    for index, (host, other) in enumerate(found):
+        if other != found[0][1]:
+            ours, theirs = ("no checkpoint" if each is None else each[0] for each in (found[0][1], other))
+            theirs = f"another {theirs}" if ours == theirs else theirs
+            raise RuntimeError(
+                f"Process 0 on {found[0][0]} resumes from {ours}, but process {index} on {host} finds {theirs}: "
+                f"{NOT_SHARED.format(folder)}"
+            )
+    return checkpoint
+
+
+@contextmanager
+def claimed(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Hold a folder to write into, so that no other run does; the system lets go of it when the process ends, however it does."""
+    lock, taken = FileLock(folder / LOCK_FILE, timeout=0), False
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = True
+        except NotImplementedError:  # a file system without locks
+            logging.warning(f"{folder} cannot be locked. Let no other run write into it.")
+    [taken] = broadcast_object_list([taken])
+    if taken:
+        raise RuntimeError(
+            f"Another run is writing into {folder}. Wait for it or end it, or choose another --output_dir."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def load_checkpoint(
     accelerator: Accelerator, path: Path, settings: dict[str, Any], average: AveragedModel | None = None
 ) -> int:
@@ -165,5 +221,9 @@ def load_checkpoint(
         if not (path / AVERAGE_FILE).is_file():
             raise ValueError(f"The checkpoint {str(path)!r} holds no moving average. Resume without ema_decay.")
         average.load_state_dict(load_file(path / AVERAGE_FILE))
+    if accelerator.scaler is not None and not (path / f"{SCALER_NAME}").is_file():
+        raise ValueError(
+            f"The checkpoint {str(path)!r} was made without fp16. Resume with --mixed_precision {then['mixed_precision']}."
+        )
     accelerator.load_state(str(path))
     return int(state["step"])
