@@ -142,7 +142,7 @@ class Endless:
 class Turn:
     """What was measured in a turn of some steps."""
 
-    seconds: float
+    seconds: float  # of a step
     waited: float
     peak: float | None  # bytes above what lay there before
     tokens: np.ndarray  # real, padded
@@ -190,7 +190,11 @@ class Trainer:
         optimizer.zero_grad()
 
     def turn(self, contestant: Contestant, corpus: Corpus, num_steps: int, num_warm: int) -> Turn:
-        """Some steps on the clock, after some off it: one the first time, and `num_warm` each time."""
+        """Some steps on the clock, after some off it: one the first time, and `num_warm` each time.
+
+        Of the plain ones a step is enough: on a GPU its many small parts take minutes.
+        """
+        num_steps, num_warm = (1, 0) if contestant.plain else (num_steps, num_warm)
         with ExitStack() as stack:
             if not contestant.packed:  # `gathers` is asked for the atoms, which are integers, and for other things
                 stack.enter_context(
@@ -224,8 +228,8 @@ class Trainer:
             real += num_steps * np.array([sizes.sum(), (sizes**2).sum()])
             peak = self.peak()
         return Turn(
-            seconds,
-            waited,
+            seconds / num_steps,
+            waited / num_steps,
             None if peak is None or before is None else peak - before,
             *np.stack([real, padded], axis=1),
         )
@@ -314,6 +318,9 @@ def measure(
             turns[name].append(trainer.turn(contestant, corpus, args.steps, args.warm_steps))
             progress.set_postfix_str(f"{name}: {turns[name][-1].seconds:.1f} s")
             progress.update()
+            progress.write(
+                f"{corpus.name}, {name}: {turns[name][-1].seconds:.3f} s a step", sys.stderr
+            )  # should the rest not end
             for dtype in rates:
                 rates[dtype].append(trainer.matmul_rate(dtype))
     progress.close()
@@ -330,7 +337,7 @@ def print_table(
     args: argparse.Namespace,
 ) -> None:
     """One line a contestant."""
-    num, flops = args.steps * len(corpus.sizes), args.steps * corpus.flops(config)
+    num, flops = len(corpus.sizes), corpus.flops(config)
     shown = ", ".join(f"{str(dtype)[6:]} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in ceilings.items())
     print(
         f"\n{corpus.name}: {len(corpus.sizes):,} molecules, {corpus.sizes.mean():.1f} atoms on average, "
