@@ -144,6 +144,7 @@ def predict(
             "`moleblend embed`."
         )
     rows = read_molecules(input, format, smiles_column, id_column)
+    _check_is_not_read(input, output)
     _answer(predictor, rows, "prediction", _prediction_columns(predictor), output, overwrite)
 
 
@@ -186,6 +187,7 @@ def embed(
     rows = read_molecules(input, format, smiles_column, id_column)
     what, column = ("atom_embeddings", "[vector]") if atoms else ("molecule_embedding", "vector")
     columns = [("atom_embeddings" if atoms else "embedding", column)]
+    _check_is_not_read(input, output)
     _answer(embedder, rows, what, columns, output, overwrite)
 
 
@@ -409,6 +411,11 @@ def _prediction_columns(predictor: MoleBlendPipeline) -> list[tuple[str, str]]:
             columns.append(("prediction_set", "text"))
     of_atoms = type(predictor.model).__name__.endswith("ForTokenClassification")
     return [(name, f"[{kind}]") for name, kind in columns] if of_atoms else columns
+
+
+def _check_is_not_read(input: str, output: str) -> None:
+    if STANDARD_STREAM not in (input, output) and Path(output).resolve() == Path(input).resolve():
+        raise ValueError(f"The output, {output}, is the input. Name another file.")
 
 
 def _answer(

@@ -529,3 +529,14 @@ def test_the_output_is_utf8_whatever_the_code_page_of_the_terminal(models, tmp_p
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     found = subprocess.run(command, capture_output=True, env=environment, check=True).stdout.decode("utf-8")
     assert [row["id"] for row in csv.DictReader(io.StringIO(found))] == ["ethanol", "β-name"]
+
+
+def test_the_input_is_not_replaced(models, tmp_path):
+    path = tmp_path / "molecules.csv"
+    path.write_text("smiles\nCCO\n")
+    result = moleblend(
+        "predict", models / "finetune", path, "--output", tmp_path / "." / "molecules.csv", "--overwrite"
+    )
+    assert result.exit_code != 0
+    assert "is the input. Name another file" in result.stderr
+    assert path.read_text() == "smiles\nCCO\n"

@@ -521,3 +521,12 @@ def test_the_identity_of_a_run_is_written_as_text(here, model, tmp_path, monkeyp
     identity = json.loads((tmp_path / "out.parquet.parts" / "run.json").read_text())
     assert identity["settings"]["modality"] is None
     assert {Path(name).name for name, _, _ in identity["files"]} >= {"in.csv", "model.safetensors"}
+
+
+def test_the_input_is_not_replaced(here, tmp_path):
+    saved(MoleBlendForSequenceClassification(tiny_config(num_labels=1)), tmp_path / "model", modality="2d")
+    source = table_of(tmp_path, ["CCO"])
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="is the input"):
+        run(tmp_path, source, "--overwrite", output="in.csv")
+    assert source.read_bytes() == before

@@ -196,6 +196,8 @@ def opened_folder(settings: PredictionSettings, source: Source, part_settings: P
             f"{work} holds an unfinished run with other {what}. Repeat that command, choose another --output, or start anew "
             "with --overwrite."
         )
+    if output.resolve() in [path.resolve() for path in files]:
+        raise ValueError(f"The output, {output}, is the input. Name another file.")
     if output.exists() and not settings.overwrite:
         raise FileExistsError(f"{output} exists. Choose another --output, or replace it with --overwrite.")
     remove(work)
