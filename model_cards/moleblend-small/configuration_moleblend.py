@@ -200,7 +200,9 @@ class MoleBlendConfig(PreTrainedConfig):
     target_means: list[float | int] | tuple[float | int, ...] | None = None
     target_scales: list[float | int] | tuple[float | int, ...] | None = None
     target_units: list[str] | tuple[str, ...] | None = None
-    target_class_names: list[list[str] | tuple[str, ...] | None] | tuple[list[str] | tuple[str, ...] | None, ...] | None = None
+    target_class_names: (
+        list[list[str] | tuple[str, ...] | None] | tuple[list[str] | tuple[str, ...] | None, ...] | None
+    ) = None
     conformal_coverage: float | None = None
     conformal_quantiles: list[float | int | None] | tuple[float | int | None, ...] | None = None
 
