@@ -703,7 +703,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if set(task.transforms) - {"none"}:
         warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:
-        num_classes = number_of_classes(data.labels(np.concatenate([training, validation, test])), task.names[0])
+        num_classes = number_of_classes(data.labelled.labels, task.names[0])
         task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
     finetuning = Finetuning(
         accelerator, settings, data, task, processor, task.config_values(data.labels(learned_from))

@@ -221,7 +221,7 @@ def load_checkpoint(
         if not (path / AVERAGE_FILE).is_file():
             raise ValueError(f"The checkpoint {str(path)!r} holds no moving average. Resume without ema_decay.")
         average.load_state_dict(load_file(path / AVERAGE_FILE))
-    if accelerator.scaler is not None and not (path / f"{SCALER_NAME}").is_file():
+    if accelerator.scaler is not None and not (path / SCALER_NAME).is_file():
         raise ValueError(
             f"The checkpoint {str(path)!r} was made without fp16. Resume with --mixed_precision {then['mixed_precision']}."
         )
