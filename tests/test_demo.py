@@ -321,7 +321,7 @@ def test_without_gradio_it_is_said_what_to_install(page, monkeypatch):
 
 
 def test_names_are_text_wherever_they_are_shown(page):
-    marked = f"CCO |$<img src=x onerror=alert(1)>;;$,atomProp:1.atomNote.<script>alert(1)</script>| {HOSTILE}"
+    marked = "CCO |$<img src=x onerror=alert(1)>;;$,atomProp:1.atomNote.<script>alert(1)</script>|"
     for molecule in (with_geometry("CCO", HOSTILE), marked):
         answer = page.answer(molecule)
         coloured = page.attributed(molecule, answer.graph, 1)
@@ -333,6 +333,9 @@ def test_names_are_text_wherever_they_are_shown(page):
         assert HOSTILE in Text(answer.prediction).text
         assert HOSTILE in Text(answer.neighbours).text
         assert answer.message == ""
+    named = page.answer(f"{marked} {HOSTILE}")  # a name behind a SMILES is an error, which shows it
+    assert "white space in its SMILES" in Text(named.message).text
+    assert not Text(named.message).tags & {"script", "img"}
     broken = with_geometry("CCO", HOSTILE)
     broken.GetConformer().SetPositions(np.zeros((9, 3)))
     assert HOSTILE[:20] in Text(page.answer(broken).message).text
