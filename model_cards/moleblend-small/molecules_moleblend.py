@@ -46,8 +46,8 @@ Embed: TypeAlias = "Callable[[Chem.Mol, FeaturizationSettings], np.ndarray]"
 
 MAX_ATOMIC_NUMBER = 118  # of RDKit's periodic table; 0 is a dummy atom
 _INPUT_ATOM = "_moleblend_input_atom"  # property of an atom: its index in the input
-# What follows white space, unless it is a CXSMILES extension or starts a line that has a tab before nothing.
-_BEHIND_SMILES = re.compile(r"(?<=\S)\s+(?!\|[^|]*\|\s*$)\S.*", re.DOTALL)
+# What follows the first white space, unless it is a CXSMILES extension, in which there may be more.
+_BEHIND_SMILES = re.compile(r"\s*\S+\s+(?!\|[^|]*\|\s*$)(\S.*)", re.DOTALL)
 _UNUSUAL_SMILES = re.compile(r"[|>~]|@[ASTO]")  # CXSMILES, dative and query bonds, stereo other than tetrahedral
 
 
@@ -275,10 +275,10 @@ def _parse_smiles(smiles: str, given: Any, settings: FeaturizationSettings) -> P
 
 
 def _mol_from_smiles(smiles: str, remove_hydrogens: bool = True) -> "Chem.Mol":
-    if behind := _BEHIND_SMILES.search(smiles):
+    if behind := _BEHIND_SMILES.match(smiles):
         # RDKit takes it for a name: "CC O", a line that was broken, would silently be ethane.
         raise MoleculeError(
-            f"has white space in its SMILES, and behind it {behind.group().strip()[:40]!r}",
+            f"has white space in its SMILES, and behind it {behind[1].strip()[:40]!r}",
             "parse",
             "Remove the white space if that belongs to the SMILES, else the text",
         )
