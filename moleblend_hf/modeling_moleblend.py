@@ -628,6 +628,8 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         What the four losses are means over, where this is a part of a larger batch. Left out, what this batch has.
     generator (`torch.Generator`, *optional*):
         Source of the draws, on the device of the inputs. Left out, torch's default generator.
+    return_loss (`bool`, *optional*, defaults to `True`):
+        Whether the output has `loss`, the sum. By this argument the Trainer knows that the loss needs no labels.
 """
     )
     def forward(
@@ -644,6 +646,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         coordinate_noise: torch.Tensor | None = None,
         num_targets: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        return_loss: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoleBlendForPreTrainingOutput:
         (batch_size, num_atoms), device = atom_features.shape[:2], atom_features.device
@@ -732,7 +735,7 @@ class MoleBlendForPreTraining(MoleBlendPreTrainedModel):
         totals, counts = (torch.stack(values) for values in zip(*terms, strict=True))
         losses = totals / (counts if num_targets is None else num_targets).clamp(min=1)
         return MoleBlendForPreTrainingOutput(
-            loss=(losses * constant(self.config.loss_weights, losses)).sum(),
+            loss=(losses * constant(self.config.loss_weights, losses)).sum() if return_loss else None,
             shortest_path_loss=losses[0],
             bond_path_loss=losses[1],
             relative_position_loss=losses[2],

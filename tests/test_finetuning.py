@@ -397,6 +397,26 @@ def test_trainer_fine_tunes_the_model(base, tmp_path):
         torch.testing.assert_close(saved(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6, rtol=0)
 
 
+def test_trainer_pretrains_the_model_and_knows_its_loss_on_other_molecules(tmp_path):
+    """The targets are the inputs: there are no labels by which the Trainer could tell that there is a loss."""
+    processor = MoleBlendProcessor()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=25, learning_rate=3e-3, eval_strategy="steps", eval_steps=1,
+        prediction_loss_only=True, remove_unused_columns=False, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    trainer = Trainer(
+        MoleBlendForPreTraining(tiny_config()),
+        arguments,
+        data_collator=processor,
+        train_dataset=MOLECULES[:50],
+        eval_dataset=MOLECULES[50:],
+    )
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) == 8 and losses[-1] < 0.9 * losses[0]
+
+
 def test_accumulated_gradients_of_the_trainer_are_those_of_the_whole_batch(tmp_path):
     """The Trainer divides by the number of parts for models whose loss does not."""
     torch.manual_seed(0)
