@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont  # comes with RDKit
 from rdkit import Chem, rdBase
 from rdkit.Chem.Draw import rdMolDraw2D
 
+from .eval_mode_moleblend import eval_mode
 from .graphs_moleblend import MolecularGraph
 from .modeling_moleblend import MoleBlendForSequenceClassification
 from .modeling_moleblend_ensemble import MoleBlendEnsembleForSequenceClassification
@@ -100,15 +101,11 @@ def atom_attributions(
     column = _column(model.config, target)
     graph = processor.featurize(molecule, coordinates)
     attributions = []
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for member in members:
             for conformer in range(max(len(graph.coordinates), 1)):
                 arguments = (member, processor, graph, conformer, column, method, steps)
                 attributions.append(_attributions(*arguments))
-    finally:
-        model.train(was_training)
     return np.mean(attributions, axis=0)
 
 

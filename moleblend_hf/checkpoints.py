@@ -51,20 +51,32 @@ def open_checkpoint(
             f"The processor of {model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
             f"{config.max_path_bonds}. Save the processor that the model was trained with."
         )
-    loaded, report = model_class.from_pretrained(
-        model, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    if random := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
-        raise ValueError(
-            f"{model} has no weights for {len(random)} parts of its {model_class.__name__}, the first {random[0]}, which would be "
-            "random numbers. Fetch or save the checkpoint again."
-        )
+    loaded = load_whole(model_class, model, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
     return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
+
+
+def load_whole(model_class: Any, model: str, revision: str | None = None) -> PreTrainedModel:
+    """Returns the model of a checkpoint; raises ValueError if some of its weights are not there, which would be random.
+
+    Args:
+        model_class: of a model, or an auto class.
+        model: a folder, or the name of a repository on the Hub.
+        revision: branch, tag or commit on the Hub.
+    """
+    loaded, report = model_class.from_pretrained(
+        model, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if random := sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]})):
+        raise ValueError(
+            f"{model} has no weights for {len(random)} parts of its {type(loaded).__name__}, the first {random[0]}, which would be "
+            "random numbers. Fetch or save the checkpoint again, or fine-tune it with training/finetune.py."
+        )
+    return loaded
 
 
 def check_conformers(num_conformers: int | None, modality: str) -> None:
@@ -88,4 +100,4 @@ def keep_lowest_layers(model: PreTrainedModel, layers: int) -> None:
     encoder.layers = encoder.layers[:layers]
 
 
-__all__ = ["check_conformers", "check_layers", "class_of", "keep_lowest_layers", "open_checkpoint"]
+__all__ = ["check_conformers", "check_layers", "class_of", "keep_lowest_layers", "load_whole", "open_checkpoint"]

@@ -135,6 +135,8 @@ class MoleBlendCoordinateDenoisingHead(nn.Module):
         query, key, values = (widen(tensor).unflatten(-1, (self.num_heads, -1)) for tensor in projected)
         with torch.autocast(query.device.type, enabled=False):  # in the dtype of the query
             scores = torch.matmul(query.transpose(1, 2), key.permute(0, 2, 3, 1)) * self.scaling + attention_bias
+            # A molecule without atoms hides all from each of its rows: finite, or its gradient would be no number.
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
             probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
             probabilities = drop_values(probabilities, self.attention_dropout, self.training)
             # sum over the heads, a matrix product for each j: (B, j, i, H) @ (B, j, H, 3)

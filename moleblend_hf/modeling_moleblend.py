@@ -53,6 +53,7 @@ from .blending_moleblend import (
     shortest_path_labels,
 )
 from .configuration_moleblend import MoleBlendConfig
+from .eval_mode_moleblend import eval_mode
 from .heads_moleblend import (
     MoleBlendCoordinateDenoisingHead,
     MoleBlendLayerNorm,
@@ -177,11 +178,11 @@ class MoleBlendAttention(nn.Module):
         self, qkv: torch.Tensor, tokens: RowSelection, attention_bias: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv = tokens.put(qkv).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, L, D / H)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        if (attention_bias.requires_grad or dropout > 0) and gathers(qkv):
+        has_no_kernel = gathers(qkv) and (attention_bias.requires_grad or dropout > 0)
+        if has_no_kernel and implementation in ("sdpa", "eager"):
             # On CPU there is no fused kernel with dropout or a gradient of the bias: SDPA would compute the same, slower.
             attention_interface = eager_attention_forward
             qkv = widen(qkv)
@@ -501,9 +502,7 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
         Raises:
             ValueError: if all molecules are rejected.
         """
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             graphs = processor.featurize_many(molecules, **processor_kwargs)
             if not graphs:
                 raise ValueError(
@@ -523,8 +522,6 @@ class MoleBlendModel(MoleBlendPreTrainedModel):
                 states = self(**batch.to(self.device), return_dict=True).last_hidden_state
                 for index, state in zip(indices, states, strict=True):
                     sums[index] = sums.get(index, 0) + state[: graphs[index].num_atoms + 1]
-        finally:
-            self.train(was_training)
         in_order = [sums[index] / count for index, count in enumerate(counts)]
         return MoleBlendEmbeddingsOutput(
             molecule_embeddings=torch.stack([state[0] for state in in_order]),

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from .eval_mode_moleblend import eval_mode
 from .graphs_moleblend import Budget, MolecularGraph, ragged
 from .targets_moleblend import problem_type_of, transformed, untransformed
 
@@ -226,9 +227,7 @@ def _over_conformers(
     sizes = np.array([graph.num_atoms for graph in graphs])[owners]
     found: list[Any] = [None] * len(owners)
     batches = list((budget or Budget.on(model.device.type)).cut(sizes))[::-1]
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         while batches:
             positions = batches.pop()
             batch = [graphs[owner] for owner in owners[positions]]
@@ -252,8 +251,6 @@ def _over_conformers(
                 continue
             for position, result in zip(positions, results, strict=True):
                 found[position] = result
-    finally:
-        model.train(was_training)
     stops = np.cumsum(counts)
     return [np.stack(found[stop - count : stop]) for count, stop in zip(counts, stops, strict=True)]
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from .blending_moleblend import ATOM_DEGREE, ATOM_DISTANCE, IGNORED_LABEL, PAIR_BOND_PATH, PAIR_DISTANCE
+from .eval_mode_moleblend import eval_mode
 from .modeling_moleblend import MoleBlendForPreTraining
 from .molecules_moleblend import MoleculeError, describe_molecule
 from .processing_moleblend import MoleBlendProcessor
@@ -98,15 +99,11 @@ def reconstruction_scores(
             )
     by_size = sorted(range(len(graphs)), key=lambda index: graphs[index].num_atoms)
     scores = np.empty((5, len(graphs)))
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for start in range(0, len(graphs), batch_size):
             indices = by_size[start : start + batch_size]  # molecules of like size share a batch
             batch = processor.pad([graphs[index] for index in indices], modality="auto").to(model.device)
             scores[:, indices] = torch.stack(_scores(model, batch, seed)).cpu().double().numpy()
-    finally:
-        model.train(was_training)
     return ReconstructionScores(*scores)
 
 

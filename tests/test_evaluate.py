@@ -225,7 +225,9 @@ def test_columns_have_to_be_named_like_the_targets(tmp_path, folder):
 
 def test_a_checkpoint_without_a_trained_head_is_refused(tmp_path):
     MoleBlendForPreTraining(without_dropout()).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"is not fine-tuned: it gives no weights for .*finetune\.py"):
+    with pytest.raises(
+        ValueError, match=r"has no weights for 4 parts of its MoleBlendForSequenceClassification.*finetune\.py"
+    ):
         run(tmp_path / "model", tmp_path / "new.csv", tmp_path / "out")
 
 

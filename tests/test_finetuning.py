@@ -414,7 +414,8 @@ def test_trainer_pretrains_the_model_and_knows_its_loss_on_other_molecules(tmp_p
     )
     trainer.train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    assert len(losses) == 8 and losses[-1] < 0.9 * losses[0]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_accumulated_gradients_of_the_trainer_are_those_of_the_whole_batch(tmp_path):

@@ -26,10 +26,16 @@ PACKAGE = Path(moleblend_hf.__file__).parent
 HUB_FILES = sorted(PACKAGE.glob("*_moleblend*.py"))
 # The loader asks for every third-party import of the modeling file and of what it imports.
 MODELING_IMPORTS = {"torch", "transformers", *sys.stdlib_module_names}
-MODELING_PREFIXES = ("modeling_", "blending_", "heads_", "relations_", "rows_", "targets_")
+MODELING_PREFIXES = ("modeling_", "blending_", "eval_mode_", "heads_", "relations_", "rows_", "targets_")
 MODELING_SIBLINGS = {
-    *("configuration_moleblend", "blending_moleblend", "heads_moleblend", "relations_moleblend", "rows_moleblend"),
-    *("targets_moleblend", "modeling_moleblend"),
+    *(
+        "configuration_moleblend",
+        "blending_moleblend",
+        "eval_mode_moleblend",
+        "heads_moleblend",
+        "relations_moleblend",
+    ),
+    *("rows_moleblend", "targets_moleblend", "modeling_moleblend"),
 }
 LOOKS_RELATIVE = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 

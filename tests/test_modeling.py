@@ -13,6 +13,7 @@ from rdkit import Chem
 from scipy.spatial.transform import Rotation
 from tiny import SMILES, golden_model, tiny_config, without_dropout
 from torch.fx.experimental import _config as symbolic_shapes
+from transformers import AttentionInterface
 
 from compilation import keep_equal_sizes_apart
 from moleblend_hf import (
@@ -264,20 +265,39 @@ def test_no_molecules_have_no_states():
     assert MoleBlendModel(tiny_config())(torch.zeros(0, 4, 9, dtype=torch.long)).last_hidden_state.shape == (0, 5, 32)
 
 
-def test_sdpa_equals_eager(batch):
+def test_sdpa_equals_eager(monkeypatch, batch):
+    """With gradients, where SDPA has kernels for them: not on a CPU, which takes the eager one."""
+    monkeypatch.setattr(modeling, "gathers", lambda tensor: False)
     torch.manual_seed(0)
     model = MoleBlendForPreTraining(without_dropout()).train()
     assert model.config._attn_implementation == "sdpa"
     eager = MoleBlendForPreTraining._from_config(without_dropout(), attn_implementation="eager").train()
     eager.load_state_dict(model.state_dict())
     losses = []
-    for one in (model, eager):
-        outputs = one(**batch, generator=torch.Generator().manual_seed(0))
-        outputs.loss.backward()
-        losses.append(outputs.loss)
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused:
+        for one in (model, eager):
+            outputs = one(**batch, generator=torch.Generator().manual_seed(0))
+            outputs.loss.backward()
+            losses.append(outputs.loss)
+            assert fused.call_count == model.config.num_hidden_layers
     torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_attention_of_ones_own_is_what_runs(batch, training):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["dropout"])
+        return modeling.eager_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("counted", counted)
+    model = MoleBlendModel(tiny_config(attention_dropout=0.25)).train(training)
+    model.set_attn_implementation("counted")
+    model(**batch).last_hidden_state.sum().backward()
+    assert calls == [0.25 if training else 0.0] * model.config.num_hidden_layers
 
 
 def test_sdpa_equals_eager_without_gradients(batch):
@@ -452,6 +472,7 @@ def test_dropout_on_cpu_drops_at_its_rate_and_keeps_the_mean():
     assert dropped.mean().item() == pytest.approx(1, abs=1e-3)
     assert dropped.unique().numel() == 2
     assert rows.drop_values(values, 0.1, training=False) is values
+    assert rows.drop_values(values, 1 - 1e-9, training=True).isfinite().all()
     torch.manual_seed(0)
     first = rows.drop_values(values, 0.5, training=True)
     torch.manual_seed(0)
@@ -535,6 +556,24 @@ def test_losses_without_a_target_are_zero_with_zero_gradient(processor):
     names = ("loss", "shortest_path_loss", "bond_path_loss", "relative_position_loss", "coordinate_denoising_loss")
     assert [getattr(outputs, name).item() for name in names] == [0.0] * 5
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_a_molecule_that_is_all_padding_changes_nothing(monkeypatch, batch, gather):
+    monkeypatch.setattr(modeling, "gathers", lambda tensor: gather)
+    model = MoleBlendForPreTraining(without_dropout())
+    draws = model(**batch, generator=torch.Generator().manual_seed(0))
+    names = ("pair_modality_ids", "atom_modality_ids", "coordinate_noise")
+    inputs = {**batch, **{name: getattr(draws, name) for name in names}}
+    shorter = {name: values[1:] for name, values in inputs.items()}
+    emptied = inputs | {"attention_mask": batch["attention_mask"].index_fill(0, torch.tensor(0), 0)}
+    found = []
+    for given in (shorter, emptied):
+        model.zero_grad()
+        loss = model(**given).loss
+        loss.backward()
+        found.append((loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("modality", ["2d+3d", "3d"])

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rdkit import Chem
+from safetensors.torch import load_file, save_file
 from tiny import SMILES, tiny_config
 
 import engines
@@ -503,6 +504,10 @@ def test_checkpoints_that_do_not_fit_are_said(here, tmp_path):
     saved(MoleBlendEnsembleForSequenceClassification.from_members([fine_tuned()]), tmp_path / "ensemble")
     with pytest.raises(ValueError, match="is an ensemble, whose members have no common embedding"):
         run(tmp_path, source, "--embeddings", model="ensemble")
+    lacking = saved(fine_tuned(), tmp_path / "lacking") / "model.safetensors"
+    save_file({name: weight for name, weight in load_file(lacking).items() if "classifier" not in name}, lacking)
+    with pytest.raises(ValueError, match=r"has no weights for 4 parts of its MoleBlendForSequenceClassification, the"):
+        run(tmp_path, source, model="lacking")
     with pytest.raises(ValueError, match="layers is 9, but the model has"):
         run(tmp_path, source, "--embeddings", "--layers", "9", model="pretrained")
     saved(fine_tuned(), tmp_path / "paths", max_path_bonds=3)

@@ -50,9 +50,12 @@ def test_values_are_the_models_own_in_the_order_of_the_input_for_any_budget(budg
 
 def test_the_model_is_left_as_it_was():
     model, processor = fine_tuned().train(), MoleBlendProcessor()
+    model.moleblend.eval()  # a frozen encoder
     graphs = processor.featurize_many(SMILES)
     first, second = (predict_graphs(model, processor, graphs).values for _ in range(2))
     assert model.training
+    assert model.classifier.training
+    assert not any(module.training for module in model.moleblend.modules())
     assert (first == second).all()  # so dropout was off
 
 

@@ -33,6 +33,7 @@ from inputs import checked_source, preprocess_into, preprocessing_of
 from labels import atom_names, graphs_of, labelled
 from metrics import BINARY, CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
+from moleblend_hf.checkpoints import load_whole
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from preprocess import PreprocessingSettings
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
@@ -72,12 +73,7 @@ def load_model(name: str) -> PreTrainedModel:
     """A model with a head that has been trained."""
     of_atoms = predicts_atoms(AutoConfig.from_pretrained(name))
     auto_class = AutoModelForTokenClassification if of_atoms else AutoModelForSequenceClassification
-    model, loading = auto_class.from_pretrained(name, output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{name!r} is not fine-tuned: it gives no weights for {', '.join(missing)}. Train it with training/finetune.py."
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_whole(auto_class, name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen_targets(settings: EvaluationSettings, model: PreTrainedModel) -> tuple[list[str], list[int]]:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from moleblend_hf import MoleBlendConfig
 from moleblend_hf.blending_moleblend import IGNORED_LABEL, PAIR_BOND_PATH, PAIR_SHORTEST_PATH
+from moleblend_hf.eval_mode_moleblend import eval_mode
 from objective import HELD_OUT_EPOCH, drawn, molecule_seeds
 
 LOSSES = {
@@ -38,34 +39,32 @@ def evaluate(
         parts: this process's batches, as many as every other process has.
         seed: of the run.
     """
-    was_training = model.training
-    model.eval()
     totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))  # sum, and of how many
     frequencies: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))  # of each class
 
     def add(name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         totals[name] += (float(total), float(count))
 
-    for held in parts:
-        part = {name: values.to(accelerator.device) for name, values in held.items() if name != "rows"}
-        seeds = torch.from_numpy(molecule_seeds(seed, HELD_OUT_EPOCH, held["rows"].numpy())).to(accelerator.device)
-        with accelerator.autocast():
-            outputs = model(**part, **drawn(part, seeds, config))
-        for name, count in zip(LOSSES, outputs.num_targets, strict=True):
-            add(name, outputs[name] * count, count)
-        for relation, modality in (("shortest_path", PAIR_SHORTEST_PATH), ("bond_path", PAIR_BOND_PATH)):
-            # A pair has one label for its shortest path and one for each bond along it: (B, N, N, 1 or P).
-            shown = (outputs.pair_modality_ids == modality).unsqueeze(-1)
-            labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:-1], -1)
-            logits = outputs[f"{relation}_logits"].reshape(*labels.shape, -1)
-            known = labels != IGNORED_LABEL
-            right = logits.argmax(-1) == labels
-            add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
-            add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
-            frequency = torch.bincount(labels[known], minlength=logits.shape[-1]).cpu().numpy()
-            frequencies[relation] = frequencies[relation] + frequency
+    with eval_mode(model):
+        for held in parts:
+            part = {name: values.to(accelerator.device) for name, values in held.items() if name != "rows"}
+            seeds = torch.from_numpy(molecule_seeds(seed, HELD_OUT_EPOCH, held["rows"].numpy())).to(accelerator.device)
+            with accelerator.autocast():
+                outputs = model(**part, **drawn(part, seeds, config))
+            for name, count in zip(LOSSES, outputs.num_targets, strict=True):
+                add(name, outputs[name] * count, count)
+            for relation, modality in (("shortest_path", PAIR_SHORTEST_PATH), ("bond_path", PAIR_BOND_PATH)):
+                # A pair has one label for its shortest path and one for each bond along it: (B, N, N, 1 or P).
+                shown = (outputs.pair_modality_ids == modality).unsqueeze(-1)
+                labels = outputs[f"{relation}_labels"].reshape(*shown.shape[:-1], -1)
+                logits = outputs[f"{relation}_logits"].reshape(*labels.shape, -1)
+                known = labels != IGNORED_LABEL
+                right = logits.argmax(-1) == labels
+                add(f"{relation}_recovered_shown", (right & known & shown).sum(), (known & shown).sum())
+                add(f"{relation}_recovered_hidden", (right & known & ~shown).sum(), (known & ~shown).sum())
+                frequency = torch.bincount(labels[known], minlength=logits.shape[-1]).cpu().numpy()
+                frequencies[relation] = frequencies[relation] + frequency
 
-    model.train(was_training)
     metrics = {name: total / count for name, (total, count) in summed_over_processes(totals).items() if count}
     for relation, frequency in summed_over_processes(frequencies).items():
         if frequency.any():

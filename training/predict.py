@@ -41,12 +41,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
-from moleblend_hf.checkpoints import check_conformers, check_layers
+from moleblend_hf.checkpoints import check_conformers, check_layers, load_whole
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
 from moleblend_hf.prediction_moleblend import predicts_atoms
 from parts import Part, makes_conformers
-from prediction_parts import PredictionPartSettings, model_columns, output_schema, predict_part
+from prediction_parts import PredictionPartSettings, model_class, model_columns, output_schema, predict_part
 from reporting import versions
 from settings import load_settings, setting
 from sources import FILES, Record, Source, count_rows, open_source, source_of
@@ -151,6 +151,9 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
             f"The processor of {settings.model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
             f"{config.max_path_bonds}. Save the processor that the model was trained with."
         )
+    load_whole(
+        model_class(config, settings.embeddings), settings.model, settings.revision
+    )  # here, not in each process
     names = (field.name for field in dataclasses.fields(FeaturizationSettings))
     featurization = FeaturizationSettings(**{name: getattr(processor, name) for name in names})
     makes_several = makes_conformers(featurization.modality) and featurization.num_conformers > 1

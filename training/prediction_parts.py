@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from moleblend_hf import MoleBlendProcessor, MolecularGraph, Predictions, embed_graphs, predict_graphs
-from moleblend_hf.checkpoints import keep_lowest_layers
+from moleblend_hf.checkpoints import keep_lowest_layers, load_whole
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.prediction_moleblend import (
     GraphMemoryError,
@@ -188,6 +188,13 @@ def _joined(names: list[str], is_in: np.ndarray) -> str:
     return "|".join(name for name, inside in zip(names, is_in, strict=True) if inside) or EMPTY_SET
 
 
+def model_class(config: Any, embeddings: bool) -> Any:
+    """The auto class of what is asked of a checkpoint."""
+    if embeddings:
+        return AutoModel
+    return AutoModelForTokenClassification if predicts_atoms(config) else AutoModelForSequenceClassification
+
+
 @cache
 def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProcessor, Any]:
     """Config, processor and model of the settings: once a process."""
@@ -197,10 +204,7 @@ def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProces
     processor = AutoFeatureExtractor.from_pretrained(
         settings.model, revision=settings.revision, **asdict(settings.featurization)
     )
-    of_property = AutoModelForTokenClassification if predicts_atoms(config) else AutoModelForSequenceClassification
-    model = (AutoModel if settings.embeddings else of_property).from_pretrained(
-        settings.model, revision=settings.revision
-    )
+    model = load_whole(model_class(config, settings.embeddings), settings.model, settings.revision)
     if settings.layers is not None:
         keep_lowest_layers(model, settings.layers)
     return config, processor, model.to(settings.device).eval()

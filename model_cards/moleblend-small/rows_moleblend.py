@@ -84,7 +84,7 @@ class TokenSelection(RowSelection):
         if not grouped or len(mask) < 2:
             return
         num_tokens = mask.shape[1]
-        lengths, self.order = (mask * torch.arange(1, num_tokens + 1)).amax(1).sort(stable=True)
+        lengths, self.order = (mask * torch.arange(1, num_tokens + 1, device=mask.device)).amax(1).sort(stable=True)
         sizes: list[int] = []
         for length in lengths.tolist():
             if sizes and (sizes[-1] + 1) * length**2 * num_heads <= MAX_SCORES_IN_GROUP:
@@ -92,7 +92,7 @@ class TokenSelection(RowSelection):
             else:
                 sizes.append(1)
         mask = mask[self.order]
-        self.indices = (self.order.unsqueeze(1) * num_tokens + torch.arange(num_tokens))[mask]
+        self.indices = (self.order.unsqueeze(1) * num_tokens + torch.arange(num_tokens, device=mask.device))[mask]
         masks = mask.split(sizes)
         self.num_rows = [int(molecules.sum()) for molecules in masks]
         self.groups = [
@@ -158,7 +158,7 @@ def drop_values(values: torch.Tensor, rate: float, training: bool) -> torch.Tens
     """
     if not training or rate == 0 or not gathers(values):
         return F.dropout(values, rate, training)
-    threshold = round(rate * 2**16)
+    threshold = min(round(rate * 2**16), 2**16 - 1)
     draws = torch.empty((values.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = (draws[: values.numel()] >= threshold - 2**15).view(values.shape)
     # In the dtype of the values: a product with booleans converts them first, forward and backward.
