@@ -22,7 +22,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,8 @@ ENDINGS = {
     **{".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv"},
     **{".sdf": "sdf", ".mol": "sdf", ".parquet": "parquet"},
 }
+# Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
+SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
 WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
 ROWS_A_WRITE = 10_000  # of Parquet, in memory at once
 
@@ -66,6 +68,28 @@ class RowWriter(Protocol):
 
 
 # Reading
+
+
+def plain_name(name: str) -> str:
+    """Returns the name of a column without case and punctuation."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def smiles_column_of(columns: Sequence[str]) -> str | None:
+    """Returns the column whose name says that it holds the SMILES, None if none or several do."""
+    plain = {plain_name(name): name for name in reversed(columns)}
+    for name in SMILES_NAMES:
+        if name in plain:
+            return plain[name]
+    like = [name for name in columns if "smiles" in name.lower()]
+    return like[0] if len(like) == 1 else None
+
+
+def delimiter_of(header: str, usual: str) -> str:
+    """Returns what stands between the names of columns in a first line: the only mark outside of quotes, else the usual one."""
+    unquoted = re.sub('"[^"]*"', "", header)
+    found = [mark for mark in ",;\t" if mark in unquoted]
+    return found[0] if len(found) == 1 else usual
 
 
 def read_molecules(
@@ -144,8 +168,10 @@ def _opened(path: str) -> Iterator[TextIO]:
     if path == STANDARD_STREAM:
         if sys.stdin.isatty():
             print("Reading molecules from the terminal; Ctrl-D ends them.", file=sys.stderr)
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors=WINDOWS, newline="")  # as a file, below
+        if isinstance(sys.stdin, io.TextIOWrapper):  # as a file, below
+            head = sys.stdin.buffer.peek(2)[:2] if isinstance(sys.stdin.buffer, io.BufferedReader) else b""
+            encoding, errors = text_encoding(head)
+            sys.stdin.reconfigure(encoding=encoding, errors=errors, newline="")
         yield sys.stdin
         return
     with ExitStack() as stack:
@@ -154,8 +180,9 @@ def _opened(path: str) -> Iterator[TextIO]:
         file: Any = stack.enter_context(gzip.GzipFile(fileobj=raw)) if is_gzip else raw
         try:
             head = file.peek(2)[:2]
-        except (EOFError, OSError, zlib.error):  # who reads it finds the damage again, and names it
-            head = b""
+        except (EOFError, OSError, zlib.error):  # who reads it from its start finds the damage again, and names it
+            raw.seek(0)
+            file, head = stack.enter_context(gzip.GzipFile(fileobj=raw)), b""
         # What is not text cannot be parsed either, and is an error of its row.
         encoding, errors = text_encoding(head)
         yield stack.enter_context(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=""))
@@ -181,9 +208,9 @@ def _read_table(
 ) -> Iterator[MoleculeRow]:
     lines = iter(lines)
     first = next(lines, "")
-    if delimiter == DELIMITERS["csv"] not in first and len(found := [mark for mark in ";\t" if mark in first]) == 1:
-        delimiter = found[0]
-        print(f"Delimiter: {delimiter!r}, for the first line has no comma.", file=sys.stderr)
+    if (found := delimiter_of(first, delimiter)) != delimiter:
+        delimiter = found
+        print(f"Delimiter: {delimiter!r}, for the first line has no other.", file=sys.stderr)
     # Strict, or else a quote that is never closed swallows the rows after it without a word.
     rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
@@ -246,14 +273,12 @@ def _position(name: str, header: list[str]) -> int:
 
 
 def _guess_smiles(header: list[str]) -> str:
-    like = [name for name in header if "smiles" in name.lower()]
-    exact = [name for name in like if name.lower() == "smiles"]
-    if len(exact or like) != 1:
-        raise ValueError(
-            f"No column can be told to hold the SMILES. Name it with --smiles-column. The columns: "
-            f"{', '.join(map(repr, header)) or 'none'}."
-        )
-    return (exact or like)[0]
+    if (found := smiles_column_of(header)) is not None:
+        return found
+    raise ValueError(
+        f"No column can be told to hold the SMILES. Name it with --smiles-column. The columns: "
+        f"{', '.join(map(repr, header)) or 'none'}."
+    )
 
 
 def _read_sdf(lines: Iterable[str], id_column: str | None) -> Iterator[MoleculeRow]:

@@ -20,6 +20,7 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .molecules_moleblend import without_column
 from .prediction_moleblend import (
     GraphMemoryError,
     Predictions,
@@ -107,9 +108,7 @@ class MoleBlendPipeline(Pipeline):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers a molecule, or many: a list, a generator, a dataset of them, or a column of NumPy, pandas or datasets."""
-        # Columns of NumPy, pandas and polars, and of datasets; else each would be one molecule of an unknown type.
-        if isinstance(inputs, np.ndarray) or hasattr(inputs, "to_numpy") or type(inputs).__name__ == "Column":
-            inputs = list(inputs)
+        inputs = without_column(inputs)  # which transformers would take for one molecule
         if isinstance(inputs, list) and not inputs:  # transformers would look at its first
             return []
         return super().__call__(inputs, *args, **kwargs)

@@ -35,6 +35,7 @@ from .molecules_moleblend import (
     input_atoms,
     portable,
     require_rdkit,
+    without_column,
 )
 
 _IGNORED_LABEL = -100  # of atoms that are padding, where labels are integers
@@ -153,13 +154,15 @@ class MoleBlendProcessor(FeatureExtractionMixin):
     ) -> BatchFeature:
         r"""
         molecules (`str`, `rdkit.Chem.Mol`, `tuple`, or a `list` of them):
-            SMILES, RDKit molecules, or `(symbols, coordinates)` pairs. Only a list is a batch.
+            SMILES, RDKit molecules, or `(symbols, coordinates)` pairs. Only a list is a batch, or a column of NumPy, pandas,
+            polars or datasets.
         coordinates (`np.ndarray` of shape `(num_atoms, 3)`, or a `list` of them, *optional*):
             In angstrom; for each molecule an array or `None`. Of shape `(num_conformers, num_atoms, 3)`, the first
             conformer is used.
         labels (`float`, `list[float]`, or a `list` of either, *optional*):
             For each molecule a number or several. `None` is a missing label and becomes `NaN`; integers stay integers
-            if none is missing, and -100 among integers counts as missing: pass temperatures, say, as `float`.
+            if none is missing, and -100 among integers counts as missing: pass temperatures, say, as `float`. Others become
+            float32, which has seven digits: subtract what all labels share where they need more (total energies).
         modality (`str`, *optional*):
             Overrides the setting for this call.
         on_error (`str`, *optional*, defaults to `"raise"`):
@@ -184,7 +187,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
               `NaN` on padding, or -100 where they are integers.
             - **kept_indices** -- `(batch_size,)`, with `on_error="skip"`.
         """
-        settings = self._settings(modality)
+        settings, molecules = self._settings(modality), without_column(molecules)
         if not isinstance(molecules, list):
             molecules = [molecules]
             coordinates = None if coordinates is None else [coordinates]
@@ -349,7 +352,7 @@ class MoleBlendProcessor(FeatureExtractionMixin):
             raise ValueError(
                 f"`num_proc` is {num_proc!r}, but has to be a positive integer. Pass the number of processes."
             )
-        molecules, coordinates = _by_position(molecules), _by_position(coordinates)
+        molecules, coordinates = without_column(molecules), _by_position(coordinates)
         if isinstance(molecules, str):
             raise ValueError(f"`molecules` is one SMILES, {describe_molecule(molecules)}. Pass a list of molecules.")
         if len(molecules) == 0:

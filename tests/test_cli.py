@@ -34,6 +34,7 @@ from moleblend_hf import (
 )
 from moleblend_hf.cli import app
 from moleblend_hf.verification import write_reference_outputs
+from sources import open_source
 
 ROOT = Path(__file__).parent.parent
 UNREADABLE = "C1CC"
@@ -205,6 +206,15 @@ def test_records_that_rdkit_reads_but_not_twice_or_not_at_all_stay_in_their_plac
     assert "is cut short: it holds no molecule" in rows[3]["error"]
     path.write_bytes(sdf_text(["CCO", "CCN"]).replace("\n", "\r").encode())  # as of old Macintoshes
     assert [row["smiles"] for row in rows_of(moleblend("predict", models / "finetune", path))] == ["CCO", "CCN"]
+
+
+@pytest.mark.parametrize("length", [2, 9, 12])
+def test_a_file_that_is_cut_in_its_first_bytes_is_damaged(models, tmp_path, length):
+    path = tmp_path / "cut.smi.gz"
+    path.write_bytes(gzip.compress(b"CCO\n", mtime=0)[:length])
+    result = moleblend("predict", models / "finetune", path)
+    assert result.exit_code == 1
+    assert "lies where the file is damaged" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["cut.csv.gz", "cut.smi.gz"])
@@ -520,6 +530,22 @@ def test_tables_as_excel_saves_them_are_read_with_their_names(models, tmp_path, 
         rows = rows_of(moleblend("predict", models / "finetune", path, "--id-column", "Name"))
     assert [row["id"] for row in rows] == ["café", "Ångström", "row 2"]
     assert not any(row["error"] for row in rows)
+
+
+def test_standard_input_may_be_utf16(models):
+    command = [sys.executable, "-m", "moleblend_hf.cli", "predict", str(models / "finetune"), "-", "--format", "csv"]
+    table = "SMILES;Name\r\nCCO;x\r\n".encode("utf-16")
+    found = subprocess.run(command, capture_output=True, input=table, check=True).stdout.decode("utf-8")
+    assert [row["smiles"] for row in csv.DictReader(io.StringIO(found))] == ["CCO"]
+
+
+@pytest.mark.parametrize("header", ["id,isomeric_smiles,canonical_smiles", "id,SMI,y", '"id";"SMILES";"y, mol/L"'])
+def test_columns_are_told_as_by_the_training_scripts(models, tmp_path, header):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{header}\n" + (";" if ";" in header else ",").join(["7", "CCO", "C"]) + "\n")
+    assert [row["smiles"] for row in rows_of(moleblend("predict", models / "finetune", path))] == ["CCO"]
+    (record,) = open_source("csv", path).records()
+    assert record.smiles == "CCO"
 
 
 def test_the_output_is_utf8_whatever_the_code_page_of_the_terminal(models, tmp_path):

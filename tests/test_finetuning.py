@@ -237,8 +237,7 @@ def test_folds_never_share_a_molecule(base, table, tmp_path):
     dataset = finetune.open_dataset(tmp_path / "model" / "data")
     data = finetune.Data.of(dataset, ("size",))
     rows = np.concatenate([data.parts["train"], data.parts["validation"]])
-    settings = finetune.parse_args(["--model", "m", "--input", "i", "--folds", "4"])
-    folds = list(finetune.fold_rows(data, rows, settings))
+    folds = list(finetune.fold_rows(data, rows, 4, 0))
     assert sorted(np.concatenate([validation for _, validation in folds]).tolist()) == sorted(rows.tolist())
     for training, validation in folds:
         keys = [{data.labelled.inchikeys[row] for row in part} for part in (training, validation)]
@@ -683,6 +682,47 @@ def test_what_cannot_work_is_refused_before_the_old_model_is_deleted(base, table
         with pytest.raises(Exception, match=reason):
             run(base, table, tmp_path / "out", "--overwrite", *flags)
         assert (tmp_path / "out" / "model.safetensors").is_file(), flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ["--model_settings", "num_hidden_layers=9"],
+            r"gives no weights for \d+ parts of the encoder, the first layers\.2",
+        ),
+        (["--model_settings", "hidden_size=64"], r"gives no weights for \d+ parts of the encoder"),
+        (["--folds", "100"], r"There are 47 molecules with a label for 100 folds\. Take fewer --folds"),
+        (["--targets", "oxygen", "--max_validation_molecules", "1"], r"ROC-AUC is undefined for every target"),
+        (["--targets", "kind", "--task", "classes"], r"has labels up to 3, but no molecule has 0.*--class_names"),
+    ],
+)
+def test_what_data_and_settings_tell_is_said_before_anything_is_deleted(base, table, tmp_path, flags, reason):
+    shifted = tmp_path / "shifted.csv"
+    lines = table.read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    shifted.write_text(
+        "\n".join([lines[0], *(",".join([*row[:3], str(int(row[3]) + 1), row[4]]) for row in rows)]) + "\n"
+    )
+    preprocess.main(["--source", "csv", "--input", str(shifted), "--output", str(tmp_path / "data"), "--targets", "size,oxygen,kind",
+                     "--tasks", "kind=classes", "oxygen=classification", "--split_column", "part", "--split", "given"])  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=reason):
+        run(base, tmp_path / "data", tmp_path / "out", "--targets", "size", "--overwrite", *flags)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_model_that_is_trained_on_keeps_what_zero_and_one_mean(base, table, tmp_path):
+    flags = ["--targets", "oxygen", "--task", "classification", "--epochs", "1"]
+    names = ["--preprocessing", "split_column=part"]
+    run(base, table, tmp_path / "first", *flags, *names, "class_names=without,with")
+    run(tmp_path / "first", table, tmp_path / "second", *flags)
+    config = MoleBlendForSequenceClassification.from_pretrained(tmp_path / "second").config
+    assert config.target_class_names == [["without", "with"]]
+    with pytest.raises(ValueError, match=r"0 for 'with' and 1 for 'without', but for the model 0 is 'without'"):
+        run(tmp_path / "second", table, tmp_path / "third", *flags, *names, "class_names=with,without")
+    run(tmp_path / "second", table, tmp_path / "third", *flags, *names, "class_names=no,yes")  # other words
 
 
 def test_classes_that_are_not_counted_from_zero_are_refused(base, table, tmp_path):

@@ -232,3 +232,5 @@ def test_columns_are_many_molecules_and_an_empty_list_is_none():
     for many in (np.array(SMILES), pd.Series(SMILES), column):
         assert predict(many) == expected
     assert predict([]) == []
+    with pytest.raises(ValueError, match=r"is a table of shape \(2, 1\)\. Pass the column"):
+        predict(pd.DataFrame({"C": SMILES[:2]}))

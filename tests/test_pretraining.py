@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from rdkit import Chem
 from rdkit.Chem.rdDistGeom import EmbedMolecule
@@ -930,6 +931,31 @@ def test_two_runs_do_not_write_into_one_folder(dataset, tmp_path):
     first.communicate()
     step = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     run(dataset, tmp_path / "run", "--resume", "auto", "--max_steps", str(step + 1), model=STILL)
+
+
+def test_a_folder_is_held_before_it_is_looked_at(tmp_path):
+    """Else a run that ends while another one reads its data would lose its checkpoints to it."""
+    (tmp_path / "run").mkdir()
+    with (
+        FileLock(tmp_path / "run" / run_state.LOCK_FILE),
+        pytest.raises(RuntimeError, match=r"Another run is writing into"),
+    ):
+        run(tmp_path / "no such dataset", tmp_path / "run")
+
+
+@pytest.mark.parametrize("code", run_state.NO_LOCKS)
+def test_a_file_system_without_locks_is_said(dataset, tmp_path, monkeypatch, caplog, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    accelerator = accelerate.Accelerator()
+    with run_state.claimed(accelerator, tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked ({os.strerror(code)}). Let no other run write into it." in caplog.text
+    monkeypatch.undo()
+    with run_state.claimed(accelerator, tmp_path):  # nothing was left that looks like a lock
+        pass
 
 
 def test_what_is_saved_is_kept_and_damaged_later_checkpoints_are_not(dataset, tmp_path):

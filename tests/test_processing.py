@@ -7,8 +7,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 from transformers import AutoFeatureExtractor, AutoProcessor
@@ -70,7 +72,7 @@ def test_one_molecule_is_a_batch_of_one_and_a_tuple_is_one_molecule(processor):
     pair = (["C", "C", "O"], ETHANOL_3D)
     assert set(processor(pair, modality="3d")) == ATOMS | COORDINATES
     with pytest.raises(MoleculeError, match="only a list is a batch"):
-        processor(np.array(["CCO", "CC"]))
+        processor({"CCO", "CC"})
 
 
 def test_numpy_batches_hold_the_same_numbers(processor):
@@ -124,6 +126,26 @@ def by_atom(molecules: list, batch) -> list[list]:
     for labels, size in zip(batch["labels"], sizes, strict=True):
         assert bool((labels[size:] == -100).all() if labels.dtype == torch.int64 else labels[size:].isnan().all())
     return [labels[:size].tolist() for labels, size in zip(batch["labels"], sizes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "column", [np.array, pd.Series, pa.array, lambda smiles: Dataset.from_dict({"x": smiles})["x"]]
+)
+def test_a_column_is_a_list_of_molecules(processor, column):
+    smiles = ["CCO", "C", "CN"]
+    expected = processor(smiles, labels=[1.0, 2.0, 3.0])
+    found = processor(column(smiles), labels=[1.0, 2.0, 3.0])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [graph.num_atoms for graph in processor.featurize_many(column(smiles))] == [3, 1, 2]
+
+
+def test_a_table_is_no_column(processor):
+    table = pd.DataFrame({"C": ["CCO", "CC"], "N": ["a", "b"]})
+    for given in (table, table.to_numpy()):
+        with pytest.raises(ValueError, match=r"is a table of shape \(2, 2\)\. Pass the column"):
+            processor(given)
+    assert torch.equal(processor(np.array("CCO"))["degree"], processor("CCO")["degree"])
 
 
 def test_columns_of_pandas_are_taken_by_position(processor):

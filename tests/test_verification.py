@@ -117,6 +117,15 @@ def test_half_precision_is_told_apart_but_rounding_is_not(tmp_path):
     assert report.changed_weights
 
 
+def test_outputs_may_be_of_another_precision_than_those_that_were_saved(folder):
+    """As where a later version computes in float64."""
+    path = folder / "reference_outputs.safetensors"
+    outputs = load_file(path)
+    assert outputs["heads.logits"].dtype == torch.float64
+    save_file(outputs | {"heads.logits": outputs["heads.logits"].float()}, path)
+    assert verify(folder).ok
+
+
 def saved_again(folder: Path, target: Path) -> Path:
     """The same checkpoint in float32."""
     shutil.copytree(folder, target)

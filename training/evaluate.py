@@ -73,7 +73,8 @@ def load_model(name: str) -> PreTrainedModel:
     """A model with a head that has been trained."""
     of_atoms = predicts_atoms(AutoConfig.from_pretrained(name))
     auto_class = AutoModelForTokenClassification if of_atoms else AutoModelForSequenceClassification
-    return load_whole(auto_class, name).to("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load_whole(auto_class, name)  # transformers' decorator hides what its `to` takes
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen_targets(settings: EvaluationSettings, model: PreTrainedModel) -> tuple[list[str], list[int]]:

@@ -48,6 +48,7 @@ from moleblend_hf import (
     MoleBlendEnsembleForSequenceClassification,
     MoleBlendForSequenceClassification,
     MoleBlendForTokenClassification,
+    MoleBlendModel,
     MoleBlendPipeline,
     MoleBlendProcessor,
 )
@@ -78,6 +79,10 @@ from splits import SPLITS
 from tasks import PROBLEM_TYPES, Task, check_class_meanings, check_transforms
 
 HERE = Path(__file__).parent
+NO_WEIGHTS = (
+    "{!r} gives no weights for {} parts of the encoder, the first {}. It is no checkpoint of this model, or model_settings "
+    "change its sizes; those work with --from_scratch only."
+)
 PARTS = ("train", "validation", "test")
 NOT_OF_DATASETS = ("bonds", "max_path_bonds", "max_bond_order_iterations")  # settings of a processor
 SELECTED_BY = {"regression": "rmse", "classification": "roc_auc", "classes": "accuracy"}
@@ -295,8 +300,9 @@ class Finetuning:
             and all(getattr(stored, name) == values[name] for name in same)
             and all(before == now for before, now in units if before and now)
         )
-        if continued:  # the head goes on in the units that it has learned
+        if continued:  # the head goes on in the units, and with the classes, that it has learned
             values = values | {"target_means": stored.target_means, "target_scales": stored.target_scales}
+            values["target_class_names"] = values["target_class_names"] or stored.target_class_names
         config = changed_config(stored, settings, values)
         of_atoms = self.data.labelled.num_atoms is not None
         model_class = MoleBlendForTokenClassification if of_atoms else MoleBlendForSequenceClassification
@@ -308,10 +314,7 @@ class Finetuning:
         )
         new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         if lost := [name for name in new if name.startswith("moleblend.")]:
-            raise ValueError(
-                f"{settings.model!r} gives no weights for {len(lost)} parts of the encoder, the first {lost[0]}. It is no "
-                "checkpoint of this model, or model_settings change its sizes; those work with --from_scratch only."
-            )
+            raise ValueError(NO_WEIGHTS.format(settings.model, len(lost), lost[0]))
         self.accelerator.print(
             f"  not in the checkpoint, so new: {', '.join(new) or 'nothing; its head is continued'}"
         )
@@ -361,8 +364,6 @@ class Finetuning:
 
         if accelerator.num_processes == 1:
             return predicted(np.arange(len(rows)))
-        if self.data.labelled.num_atoms is not None:
-            raise ValueError("Targets of atoms are trained on one process.")
         share = np.arange(accelerator.process_index, len(rows), accelerator.num_processes)
         found = predicted(share) if len(share) else None  # with fewer molecules than processes
         shares = [(positions, part) for positions, part in gather_object([(share, found)]) if part is not None]
@@ -514,15 +515,24 @@ def changed_config(
     return MoleBlendConfig(**{**stored.to_dict(), **values, **settings.model_settings, "architectures": None})
 
 
+def encoder_shapes(config: MoleBlendConfig) -> dict[str, torch.Size]:
+    """The weights of the encoder that a config describes."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in MoleBlendModel(config).state_dict().items()}
+
+
 def check_model(settings: FinetuningSettings, task: Task) -> None:
     """Raise if no model for the task can be made of the checkpoint and the settings."""
     stored = MoleBlendConfig.from_pretrained(settings.model)
     if stored.model_type != MoleBlendConfig.model_type:
         raise ValueError(f"{settings.model!r} is an ensemble. Choose one of its members in its folder members/.")
-    if settings.from_scratch != "only":
-        check_class_meanings(stored, task.binary_class_names)
     names = task.class_names or ("0", "1") if task.kind == "classes" else task.names
     config = changed_config(stored, settings, task.config_values_of(names))
+    if settings.from_scratch != "only":
+        check_class_meanings(stored, task.binary_class_names)
+        known = encoder_shapes(stored)
+        if lost := sorted(name for name, shape in encoder_shapes(config).items() if known.get(name) != shape):
+            raise ValueError(NO_WEIGHTS.format(settings.model, len(lost), lost[0]))
     if not 0 <= settings.frozen_layers <= config.num_hidden_layers:
         raise ValueError(
             f"frozen_layers must lie between 0 and the model's {config.num_hidden_layers} layers, got {settings.frozen_layers}."
@@ -565,9 +575,16 @@ def number_of_classes(labels: np.ndarray, target: str) -> int:
     if missing := sorted(set(range(found[-1])) - set(found.tolist())):
         raise ValueError(
             f"Target {target!r} has labels up to {found[-1]}, but no molecule has {missing[0]}. Classes are counted from 0; "
-            f"if others are meant, name them with --preprocessing class_names={','.join(map(str, found))}."
+            f"if others are meant, name them: class_names={','.join(map(str, found))} in --preprocessing of a file, or "
+            "--class_names of preprocess.py."
         )
     return len(found)
+
+
+def check_epochs_can_be_chosen(task: Task, labels: np.ndarray) -> None:
+    """Raise if the validation labels (n, T) allow no score: known before the first step, not after the first epoch."""
+    num_outputs = len(task.class_names) or labels.shape[1]
+    score(task.problem_type, labels, np.zeros((len(labels), num_outputs)), SELECTED_BY[task.kind])
 
 
 def some_of(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
@@ -575,10 +592,14 @@ def some_of(rows: np.ndarray, most: int | None, seed: int) -> np.ndarray:
     return rows if most is None else np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:most]])
 
 
-def fold_rows(data: Data, rows: np.ndarray, settings: FinetuningSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def fold_rows(data: Data, rows: np.ndarray, num_folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Training and validation rows of each fold; the rows of one molecule are in one fold."""
     keys = [data.labelled.inchikeys[row] or data.labelled.smiles[row] for row in rows]
-    folds = GroupKFold(settings.folds, shuffle=True, random_state=settings.split_seed)
+    if (num_molecules := len(set(keys))) < num_folds:
+        raise ValueError(
+            f"There are {num_molecules} molecules with a label for {num_folds} folds. Take fewer --folds."
+        )
+    folds = GroupKFold(num_folds, shuffle=True, random_state=seed)
     for training, validation in folds.split(rows, groups=keys):
         yield rows[training], rows[validation]
 
@@ -687,6 +708,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     task = task_of(settings, dataset.name, dataset.about["targets"])
     check_model(settings, task)
     data = Data.of(dataset, task.names)
+    if data.labelled.num_atoms is not None and accelerator.num_processes > 1:
+        raise ValueError("Targets of atoms are trained on one process. Launch it without --multi_gpu.")
     training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
     training = some_of(training, settings.max_training_molecules, settings.split_seed)
     validation = some_of(validation, settings.max_validation_molecules, settings.split_seed)
@@ -698,13 +721,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     warnings = check_labels(task.kind, data.some(learned_from))
     check_classes(task.kind, data.some(np.concatenate([both, test])))
     check_transforms(task, data.labels(both))
-    if making is None and accelerator.is_main_process:
-        empty(output_dir)
     if set(task.transforms) - {"none"}:
         warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:
         num_classes = number_of_classes(data.labelled.labels, task.names[0])
         task = dataclasses.replace(task, class_names=tuple(map(str, range(num_classes))))
+    # The models: one a seed, or one a fold, with its training and its validation molecules.
+    if settings.folds is None:
+        cuts = [(settings.seed + index, training, validation) for index in range(settings.seeds)]
+    else:
+        cuts = [
+            (settings.seed + index, *rows)
+            for index, rows in enumerate(fold_rows(data, both, settings.folds, settings.split_seed))
+        ]
+    for _, _, rows in cuts:
+        check_epochs_can_be_chosen(task, data.labels(rows))
+    if making is None and accelerator.is_main_process:
+        empty(output_dir)
     finetuning = Finetuning(
         accelerator, settings, data, task, processor, task.config_values(data.labels(learned_from))
     )
@@ -722,11 +755,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = dataclasses.replace(settings, **found)
         finetuning = dataclasses.replace(finetuning, settings=settings)
 
-    # The models: one a seed, or one a fold.
-    if settings.folds is None:
-        cuts = [(settings.seed + index, training, validation) for index in range(settings.seeds)]
-    else:
-        cuts = [(settings.seed + index, *rows) for index, rows in enumerate(fold_rows(data, both, settings))]
     runs: list[Run] = []
     members: list[PreTrainedModel] = []
     names = {"no": [MODEL], "also": [MODEL, FROM_SCRATCH], "only": [FROM_SCRATCH]}[settings.from_scratch]

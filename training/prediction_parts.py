@@ -204,7 +204,7 @@ def loaded_model(settings: PredictionPartSettings) -> tuple[Any, MoleBlendProces
     processor = AutoFeatureExtractor.from_pretrained(
         settings.model, revision=settings.revision, **asdict(settings.featurization)
     )
-    model = load_whole(model_class(config, settings.embeddings), settings.model, settings.revision)
+    model: Any = load_whole(model_class(config, settings.embeddings), settings.model, settings.revision)
     if settings.layers is not None:
         keep_lowest_layers(model, settings.layers)
     return config, processor, model.to(settings.device).eval()

@@ -233,19 +233,6 @@ def run(settings: PretrainingSettings, arguments: list[str], held: ExitStack) ->
     """Pretrain; what the run holds until it ends, however it does, goes into `held`."""
     output_dir = Path(settings.output_dir)
     checkpoints = output_dir / "checkpoints"
-    checkpoint = find_checkpoint(settings.resume, checkpoints)
-    if checkpoint is None and not settings.overwrite:
-        if checkpoints_in(checkpoints):
-            raise FileExistsError(
-                f"{output_dir} holds checkpoints of another run. Continue it with --resume auto, start anew and delete them "
-                "with --overwrite, or choose another --output_dir."
-            )
-        if (output_dir / "model.safetensors").exists():
-            raise FileExistsError(
-                f"{output_dir} holds a model, and no checkpoints to go on from. Replace it with --overwrite, or choose another "
-                "--output_dir."
-            )
-
     if unavailable := sorted(set(settings.trackers) - {*map(str, get_available_trackers()), "all"}):
         raise ValueError(
             f"The tracker {unavailable[0]!r} is not installed, or none of Accelerate's. Install it, or name others with --trackers; "
@@ -262,6 +249,19 @@ def run(settings: PretrainingSettings, arguments: list[str], held: ExitStack) ->
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
     device, num_processes = accelerator.device, accelerator.num_processes
+    held.enter_context(claimed(accelerator, output_dir))
+    checkpoint = find_checkpoint(settings.resume, checkpoints)
+    if checkpoint is None and not settings.overwrite:
+        if checkpoints_in(checkpoints):
+            raise FileExistsError(
+                f"{output_dir} holds checkpoints of another run. Continue it with --resume auto, start anew and delete them "
+                "with --overwrite, or choose another --output_dir."
+            )
+        if (output_dir / "model.safetensors").exists():
+            raise FileExistsError(
+                f"{output_dir} holds a model, and no checkpoints to go on from. Replace it with --overwrite, or choose another "
+                "--output_dir."
+            )
     checkpoint = agreed(accelerator, checkpoint, output_dir)
     # Which `accelerate launch` may have chosen.
     settings = dataclasses.replace(settings, mixed_precision=accelerator.mixed_precision)
@@ -386,7 +386,6 @@ def run(settings: PretrainingSettings, arguments: list[str], held: ExitStack) ->
         f"  output   {output_dir}/ : checkpoint folder for the Hub, card, metrics.jsonl, losses.png, checkpoints/, tensorboard/"
     )
     left_out_steps = output_dir / "left_out_steps.jsonl"
-    held.enter_context(claimed(accelerator, output_dir))
     if accelerator.is_main_process:
         if checkpoint is None:
             for old in (checkpoints, output_dir / "tensorboard"):

@@ -254,13 +254,14 @@ def _metrics(experiment: Experiment, predictions: SplitPredictions) -> dict[str,
 
 def comparisons(experiment: Experiment, results: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each metric and each other model: which of the two is better on the test part."""
+    single = MODEL if MODEL in experiment.names else FROM_SCRATCH
     for other in (BASELINE, FROM_SCRATCH):
-        if other not in experiment.names or other == experiment.reported:
-            continue
         # From scratch there are single models: an ensemble would win by being one.
         # So are random forests of folds, each of which has seen a part of what the ensemble has.
         is_single = other == FROM_SCRATCH or experiment.settings.get("folds")
-        name = MODEL if is_single and MODEL in experiment.names else experiment.reported
+        name = single if is_single and single in experiment.names else experiment.reported
+        if other not in experiment.names or other == name:
+            continue
         for metric in METRICS[experiment.problem_type]:
             if metric in IN_UNITS and not have_mean(experiment.target_units):
                 found = _compared_by_target(results["models"], name, other, metric)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written whole or not at all, checked before they are resumed from, the oldest deleted."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ logger = get_logger(__name__)
 STATE_FILE = "run_state.json"
 AVERAGE_FILE = "average.safetensors"
 LOCK_FILE = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks say
 NOT_SHARED = "{} has to lie on a file system that all machines share."
 
 
@@ -188,15 +190,18 @@ def agreed(accelerator: Accelerator, checkpoint: Path | None, folder: Path) -> P
 @contextmanager
 def claimed(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     """Hold a folder to write into, so that no other run does; the system lets go of it when the process ends, however it does."""
-    lock, taken = FileLock(folder / LOCK_FILE, timeout=0), False
+    # No soft lock where the system has none: a killed run would leave it behind.
+    lock, taken = FileLock(folder / LOCK_FILE, timeout=0, fallback_to_soft=False), False
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
             taken = True
-        except NotImplementedError:  # a file system without locks
-            logging.warning(f"{folder} cannot be locked. Let no other run write into it.")
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.warning(f"{folder} cannot be locked ({error.strerror}). Let no other run write into it.")
     [taken] = broadcast_object_list([taken])
     if taken:
         raise RuntimeError(

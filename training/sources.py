@@ -26,6 +26,7 @@ import torch
 from arrow_types import is_nested_list, is_text, is_value, is_values
 from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
 from files import DAMAGE, check_file, check_folder, check_text, open_bytes, open_text, read_head
+from moleblend_hf.molecule_files import DELIMITERS, delimiter_of, plain_name, smiles_column_of
 from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
 from qm9_ids import qm9_number, read_qm9_ids
 from target_values import MISSING_VALUES, TASKS, check_class_names
@@ -36,9 +37,7 @@ BATCH_ROWS = 1000  # of Parquet and datasets, in memory at once
 MAX_FIELD_CHARACTERS = 1 << 20  # of delimited text; the module's 131,072 is less than some fields of real tables
 MAX_NAMES_IN_NOTE = 10
 
-# Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
-SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
-ID_NAMES = (
+ID_NAMES = (  # without case and punctuation
     "id",
     "molid",
     "moleculeid",
@@ -262,7 +261,7 @@ def _choose_columns(
         notes.append(f"SMILES column: {smiles!r} (guessed; --smiles_column names another).")
     if identifier is None:
         taken = {smiles, options.split_column, *(target.name for target in targets)}
-        ids = [name for name in available if _plain(name) in ID_NAMES and name not in taken]
+        ids = [name for name in available if plain_name(name) in ID_NAMES and name not in taken]
         if len(ids) == 1:
             identifier = ids[0]
             notes.append(f"Id column: {identifier!r} (guessed; --id_column names another).")
@@ -274,13 +273,8 @@ def _choose_columns(
 
 
 def _guess_smiles(available: Sequence[str], where: object) -> str:
-    plain = {_plain(name): name for name in reversed(available)}
-    for name in SMILES_NAMES:
-        if name in plain:
-            return plain[name]
-    like = [name for name in available if "smiles" in name.lower()]
-    if len(like) == 1:
-        return like[0]
+    if (found := smiles_column_of(available)) is not None:
+        return found
     raise ValueError(
         f"No column of {where} can be told to hold the SMILES. Name it with --smiles_column. "
         f"Its columns: {_listed(available, 100)}."
@@ -291,10 +285,6 @@ def _note_not_taken(available: Iterable[str], taken: Iterable[str], what: str = 
     taken = set(taken)
     rest = [name for name in available if name not in taken]
     return [f"{what} not taken: {_listed(rest)}."] if rest else []
-
-
-def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _listed(names: Iterable[str], limit: int = MAX_NAMES_IN_NOTE) -> str:
@@ -387,15 +377,22 @@ def _read_table(table: _Table, columns: _Columns) -> Iterator[Record]:
             )
 
 
+def _guess_delimiter(path: Path, usual: str) -> str:
+    check_text(path, "a text table")
+    with open_text(path) as file:
+        try:
+            return delimiter_of(file.readline(), usual)
+        except DAMAGE:  # who reads the header says so
+            return usual
+
+
 def _open_csv(kind: str, input: str, options: _Options) -> Source:
     path = Path(input)
     notes: list[str] = []
-    table = _open_table(path, options.delimiter or {"csv": ",", "tsv": "\t"}[kind])
-    if options.delimiter is None and len(table.columns) == 1:
-        others = [character for character in ",;\t" if character in table.columns[0]]
-        if len(others) == 1:
-            table = _open_table(path, others[0])
-            notes.append(f"Delimiter: {others[0]!r} (guessed; --delimiter names another).")
+    delimiter = options.delimiter or _guess_delimiter(path, DELIMITERS[kind])
+    table = _open_table(path, delimiter)
+    if delimiter not in (options.delimiter, DELIMITERS[kind]):
+        notes.append(f"Delimiter: {delimiter!r} (guessed; --delimiter names another).")
     targets = _choose_targets(table.columns, path, options)
     columns, guesses = _choose_columns(table.columns, path, targets, options)
     notes += guesses + _note_not_taken(table.columns, columns.names)
@@ -745,7 +742,7 @@ def _open_moleculenet(input: str, options: _Options) -> Source:
         targets = tuple(
             Target(column, unit if prefix and column.startswith(prefix) else None, known.task)
             for column in others
-            if _plain(column) not in ("", *ID_NAMES)
+            if plain_name(column) not in ("", *ID_NAMES)
         )
     columns = _Columns(smiles, identifier, (), options.split_column)
     _check_columns(columns.names, table.columns, path)

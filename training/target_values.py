@@ -47,6 +47,8 @@ def check_class_names(names: Sequence[str], targets: Iterable[Target]) -> None:
 
 def stored_number(value: str | float, target: Target, factor: float = 1.0) -> float:
     """The number that a cell of a target is stored as: the index of a class, else the value times `factor`."""
+    if target.task == "classification" and isinstance(value, str) and value.strip() not in target.class_names:
+        value = {name: bool(number) for name, number in BOOLEANS.items()}.get(value.strip().lower(), value)
     if isinstance(value, bool):
         # Classes that are named so may be in any order; else it is 1 or 0.
         booleans = [name for name in target.class_names if name.lower() in BOOLEANS]
@@ -66,8 +68,6 @@ def stored_number(value: str | float, target: Target, factor: float = 1.0) -> fl
     elif target.task == "classes":
         fits, expected = number >= 0 and number.is_integer(), "no index of a class (0, 1, 2, ...)"
     else:
-        if target.task == "classification":  # as the columns of booleans that Parquet has
-            number = BOOLEANS.get(text.lower(), number)
         fits, expected = (
             math.isfinite(number) and abs(number) <= (LARGEST if target.of_atoms else math.inf),
             "no number",

@@ -100,7 +100,8 @@ def check_class_meanings(config: Any, names: Mapping[str, Sequence[str]]) -> Non
     for index, known in enumerate(config.target_class_names or ()):
         target = config.id2label[index]
         given = names.get(target)
-        if known is not None and given is not None and list(known) != list(given):
+        # Other words for them say nothing about the order.
+        if known and given and [name.lower() for name in known] == [name.lower() for name in given][::-1]:
             raise ValueError(
                 f"For target {target!r} the labels are 0 for {given[0]!r} and 1 for {given[1]!r}, but for the model 0 is "
                 f"{known[0]!r} and 1 {known[1]!r}. Preprocess them with class_names={','.join(known)}."

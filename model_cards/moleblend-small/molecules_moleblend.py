@@ -152,6 +152,27 @@ def require_rdkit() -> None:
         raise ImportError("Reading molecules needs RDKit, which is not installed. Run `pip install rdkit`.")
 
 
+def without_column(molecules: Any) -> Any:
+    """
+    Returns the list of what a column of NumPy, pandas, polars, Arrow or datasets holds; anything else as it is.
+
+    Raises:
+        ValueError: for a table, of which it is not known which column is meant.
+    """
+    if type(molecules).__name__ == "Column":
+        return list(molecules)
+    if not isinstance(molecules, np.ndarray) and not hasattr(molecules, "to_numpy"):
+        return molecules
+    shape = getattr(molecules, "shape", ())
+    if len(shape) > 1:
+        raise ValueError(
+            f"`molecules` is a table of shape {tuple(shape)}. Pass the column of it that holds the molecules."
+        )
+    if hasattr(molecules, "to_pylist"):
+        return molecules.to_pylist()
+    return molecules.tolist() if hasattr(molecules, "tolist") else molecules.to_list()
+
+
 def describe_molecule(molecule: Any, max_length: int = 80) -> str:
     """Returns a name for a molecule that is short enough for a message."""
     if Chem is not None and isinstance(molecule, Chem.Mol):
