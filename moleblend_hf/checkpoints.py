@@ -13,6 +13,7 @@
 # limitations under the License.
 """Checkpoints of any kind, opened so that nothing in them is random."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def open_checkpoint(
         device: left out: cuda if there is one, else cpu.
         settings: of the processor; those that are None stay as the checkpoint has them.
     """
+    check_is_there(model)
     config = AutoConfig.from_pretrained(model, revision=revision)
     model_class = class_of(config, model)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -58,6 +60,16 @@ def open_checkpoint(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
     return MoleBlendPipeline(model=loaded.eval(), feature_extractor=processor, device=device)
+
+
+def check_is_there(model: str) -> None:
+    """Raises FileNotFoundError for the path of a folder that is not there, of which the Hub would be asked many times."""
+    path = Path(model)
+    is_path = path.is_absolute() or model.startswith(".") or len(path.parts) > 2
+    if not path.exists() and (is_path or (len(path.parts) == 2 and path.parent.is_dir())):
+        raise FileNotFoundError(
+            f"There is no {path.name!r} in {str(path.parent)!r}. Name the folder of a checkpoint, or one on the Hub: USER/NAME."
+        )
 
 
 def load_whole(model_class: Any, model: str, revision: str | None = None) -> PreTrainedModel:
@@ -100,4 +112,12 @@ def keep_lowest_layers(model: PreTrainedModel, layers: int) -> None:
     encoder.layers = encoder.layers[:layers]
 
 
-__all__ = ["check_conformers", "check_layers", "class_of", "keep_lowest_layers", "load_whole", "open_checkpoint"]
+__all__ = [
+    "check_conformers",
+    "check_is_there",
+    "check_layers",
+    "class_of",
+    "keep_lowest_layers",
+    "load_whole",
+    "open_checkpoint",
+]

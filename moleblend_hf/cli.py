@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import logging
 
 from .cards import card_problems
-from .checkpoints import class_of, keep_lowest_layers, open_checkpoint
+from .checkpoints import check_is_there, class_of, keep_lowest_layers, open_checkpoint
 from .convert_original_checkpoint import convert as convert_original
 from .molecule_files import STANDARD_STREAM, MoleculeRow, read_molecules, row_writer
 from .pipeline_moleblend import MoleBlendPipeline
@@ -341,6 +341,7 @@ def main() -> None:
 
 
 def _facts(model: str, revision: str | None) -> dict[str, Any]:
+    check_is_there(model)
     config = AutoConfig.from_pretrained(model, revision=revision)
     model_class = class_of(config, model)
     processor = AutoFeatureExtractor.from_pretrained(model, revision=revision).to_dict()

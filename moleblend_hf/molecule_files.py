@@ -40,6 +40,7 @@ ENDINGS = {
     **{".smi": "smi", ".smiles": "smi", ".txt": "smi", ".csv": "csv", ".tsv": "tsv"},
     **{".sdf": "sdf", ".mol": "sdf", ".parquet": "parquet"},
 }
+WORKBOOKS = (".xlsx", ".xls", ".ods")
 # Without case and punctuation, the likeliest first. Isomeric before canonical: only one of them may have the stereo.
 SMILES_NAMES = ("smiles", "isomericsmiles", "canonicalsmiles", "cxsmiles", "smi", "mol", "structure")
 WINDOWS = "windows-1252"  # for what is no UTF-8: how Excel on Windows saves CSV
@@ -135,9 +136,8 @@ def _format_of(path: str) -> str:
         return "smi"
     ending = Path(path.removesuffix(".gz")).suffix.lower()
     if ending not in ENDINGS:
-        raise ValueError(
-            f"{path!r} does not end in {', '.join(ENDINGS)} or one of these and .gz. Say what it is with --format."
-        )
+        remedy = "Save the workbook as CSV" if ending in WORKBOOKS else "Say what it is with --format"
+        raise ValueError(f"{path!r} does not end in {', '.join(ENDINGS)} or one of these and .gz. {remedy}.")
     return ENDINGS[ending]
 
 
@@ -328,6 +328,8 @@ def row_writer(path: str, columns: Mapping[str, str], overwrite: bool = False) -
         raise ValueError(f"The output {path!r} does not end in .csv or .parquet. Name such a file, or - for CSV.")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{path} exists. Choose another --output, or replace it with --overwrite.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(target.parent)!r} for the output. Make it, or name another.")
     partial = target.with_name(f"{target.name}.partial")
     try:
         if target.suffix == ".csv":

@@ -532,6 +532,16 @@ def test_tables_as_excel_saves_them_are_read_with_their_names(models, tmp_path, 
     assert not any(row["error"] for row in rows)
 
 
+def test_paths_that_are_wrong_are_said_at_once(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(models)
+    assert "There is no 'finetun' in '.'" in error_of("info", "./finetun")
+    assert "There is no 'checkpoint-1' in 'finetune'" in error_of("predict", "finetune/checkpoint-1", stdin="C")
+    assert "Save the workbook as CSV." in error_of("predict", models / "finetune", "in.xlsx")
+    assert f"There is no folder '{tmp_path / 'no'}'" in error_of(
+        "predict", models / "finetune", "-o", tmp_path / "no" / "x.csv", stdin="C"
+    )
+
+
 def test_standard_input_may_be_utf16(models):
     command = [sys.executable, "-m", "moleblend_hf.cli", "predict", str(models / "finetune"), "-", "--format", "csv"]
     table = "SMILES;Name\r\nCCO;x\r\n".encode("utf-16")

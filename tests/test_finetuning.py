@@ -725,6 +725,41 @@ def test_a_model_that_is_trained_on_keeps_what_zero_and_one_mean(base, table, tm
     run(tmp_path / "second", table, tmp_path / "third", *flags, *names, "class_names=no,yes")  # other words
 
 
+def test_a_head_of_other_targets_is_not_continued(base, table, tmp_path, capsys):
+    flags = ["--epochs", "1", "--learning_rate", "1e-12"]
+    run(base, table, tmp_path / "first", "--targets", "oxygen", "--task", "classification", *flags)
+    first = MoleBlendForSequenceClassification.from_pretrained(tmp_path / "first").classifier.state_dict()
+    for target, task, name in (("size", "regression", "other"), ("oxygen", "classification", "same")):
+        capsys.readouterr()
+        run(tmp_path / "first", table, tmp_path / name, "--targets", target, "--task", task, *flags)
+        found = MoleBlendForSequenceClassification.from_pretrained(tmp_path / name).classifier.state_dict()
+        assert torch.allclose(found["dense.weight"], first["dense.weight"], atol=1e-6) == (name == "same")
+        assert ("so new: nothing; its head is continued" in capsys.readouterr().out) == (name == "same")
+
+
+def test_notes_say_what_users_may_not_have_meant(base, table, tmp_path):
+    notes = run(base, table, tmp_path / "out", "--targets", "oxygen,size", "--epochs", "1")["notes"]
+    assert [note for note in notes if "Target 'oxygen' is 0 or 1 everywhere" in note]
+    assert not [note for note in notes if "'size'" in note]
+    with pytest.raises(ValueError, match=r"The target 'size' is named 2 times\. Name it once\."):
+        run(base, tmp_path / "out" / "data", tmp_path / "new", "--targets", "size,oxygen,size")
+    with pytest.raises(ValueError, match=r"No target is named, and .*Name the columns of a file with --targets"):
+        run(base, table, tmp_path / "new")
+    empty = tmp_path / "empty.csv"
+    empty.write_text(
+        "\n".join(
+            f"{line},{'nothing' if index == 0 else ''}" for index, line in enumerate(table.read_text().splitlines())
+        )
+    )
+    with pytest.raises(ValueError, match=r"has a label of nothing: all cells are empty"):
+        run(base, empty, tmp_path / "new", "--targets", "nothing")
+
+
+def test_a_checkpoint_that_is_not_there_is_not_asked_of_the_hub(table, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no 'nothing' in '.*'\. Name the folder of a checkpoint"):
+        run(tmp_path / "nothing", table, tmp_path / "out", "--targets", "size")
+
+
 def test_classes_that_are_not_counted_from_zero_are_refused(base, table, tmp_path):
     shifted = tmp_path / "shifted.csv"
     lines = table.read_text().splitlines()

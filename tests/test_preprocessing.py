@@ -151,6 +151,7 @@ def test_the_account_and_the_progress_are_printed(tmp_path, capsys):
     run(tmp_path, "smiles\nCC\nC1\nCC\n")
     printed = capsys.readouterr()
     assert "3 rows read = 2 in the dataset + 1 rejected (1 parse; see rejected.parquet)" in printed.out
+    assert "\n  1 parse: " in printed.out
     assert "1 rows repeat the InChIKey of an earlier one and were kept" in printed.out
     assert re.search(r"100%.* 3.00/3.00 \[00:\d\d<00:\d\d, .* molecules.*, 1 rejected\]", printed.err)
 
@@ -169,7 +170,7 @@ def test_rows_are_in_the_order_of_the_source_and_files_are_cut(done):
 def test_a_source_of_which_nothing_is_left_has_its_rejections_and_is_an_error(tmp_path):
     folder = tmp_path / "out"
     message = (
-        r"is empty: 3 rows of '.*input.csv' were read, and none was kept \(2 parse: .*: unclosed ring; 1 csv: has"
+        r"is empty: 3 rows of '.*input.csv' were read, and none was kept \(2 parse: .*: unclosed ring.* \(and alike\); 1 csv: has"
     )
     with pytest.raises(ValueError, match=rf"{message} .*See .*rejected.parquet, and repeat .* with --overwrite"):
         run(tmp_path, "smiles\nC1\nC,C\nCC1\n", "--push_to_hub", "user/name")

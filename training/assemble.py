@@ -37,6 +37,7 @@ ROWS_A_GROUP = (
 )
 SPLIT_NAMES = ("train", "validation", "test")
 SPLIT_SYNONYMS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation"}
+MAX_REASONS = 3  # of rejections, that are told
 MISSING_3D = pa.schema([("row", pa.int64()), ("id", pa.string()), ("smiles", pa.string()), ("reason", pa.string())])
 
 
@@ -48,6 +49,7 @@ class Assembly:
     num_kept: int = 0
     rejected_by_stage: Counter[str] = field(default_factory=Counter)
     rejected_by_reason: Counter[str] = field(default_factory=Counter)
+    first_of_reason: dict[str, str] = field(default_factory=dict)  # as it was said of the first row
     num_with_coordinates: int = 0
     num_conformers: int = 0
     missing_3d_by_reason: Counter[str] = field(default_factory=Counter)
@@ -65,12 +67,20 @@ class Assembly:
         """Rows that did not make it into the dataset."""
         return self.rejected_by_stage.total()
 
+    def commonest_reasons(self) -> list[str]:
+        """Why rows were rejected, each reason as it was said of the first such row."""
+        common = self.rejected_by_reason.most_common(MAX_REASONS)
+        return [
+            f"{count:,} {self.first_of_reason[kind]}{' (and alike)' if count > 1 else ''}" for kind, count in common
+        ]
+
     def summary(self) -> str:
         """The account, in a few lines."""
         stages = ", ".join(f"{count:,} {stage}" for stage, count in self.rejected_by_stage.most_common())
         lines = [
             f"{self.num_read:,} rows read = {self.num_kept:,} in the dataset + {self.num_rejected:,} rejected"
             + (f" ({stages}; see rejected.parquet)" if stages else ""),
+            *(f"  {text}" for text in self.commonest_reasons()),
             f"{self.num_with_coordinates:,} with a geometry, {self.num_conformers:,} conformers in all",
         ]
         if self.missing_3d_by_reason:
@@ -358,9 +368,10 @@ class _Files:
         self._rejected.write_table(rows)
         stages, found = rows["stage"].to_pylist(), rows["reason"].to_pylist()
         assembly.rejected_by_stage.update(stages)
-        assembly.rejected_by_reason.update(
-            f"{stage}: {_kind(reason)}" for stage, reason in zip(stages, found, strict=True)
-        )
+        for stage, reason in zip(stages, found, strict=True):
+            kind = f"{stage}: {_kind(reason)}"
+            assembly.rejected_by_reason[kind] += 1
+            assembly.first_of_reason.setdefault(kind, f"{stage}: {reason}")
 
     def miss(self, rows: pa.Table) -> None:
         """Note the rows that have no geometry although one was expected."""

@@ -33,7 +33,7 @@ from inputs import checked_source, preprocess_into, preprocessing_of
 from labels import atom_names, graphs_of, labelled
 from metrics import BINARY, CLASSES, REGRESSION, TITLES
 from moleblend_hf import MoleBlendProcessor
-from moleblend_hf.checkpoints import load_whole
+from moleblend_hf.checkpoints import check_is_there, load_whole
 from moleblend_hf.prediction_moleblend import predict_graphs, prediction_type, predicts_atoms, target_names
 from preprocess import PreprocessingSettings
 from report import MODEL, DatasetFacts, Experiment, Run, SplitFacts, SplitPredictions, shown, write_report
@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> EvaluationSettings:
 
 def load_model(name: str) -> PreTrainedModel:
     """A model with a head that has been trained."""
+    check_is_there(name)
     of_atoms = predicts_atoms(AutoConfig.from_pretrained(name))
     auto_class = AutoModelForTokenClassification if of_atoms else AutoModelForSequenceClassification
     model: Any = load_whole(auto_class, name)  # transformers' decorator hides what its `to` takes

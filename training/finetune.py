@@ -16,10 +16,12 @@ setting below is a key of the YAML file and a flag; a flag wins.
 """
 
 import dataclasses
+import importlib.util
 import logging
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -52,6 +54,7 @@ from moleblend_hf import (
     MoleBlendPipeline,
     MoleBlendProcessor,
 )
+from moleblend_hf.checkpoints import check_is_there
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES
 from moleblend_hf.prediction_moleblend import predict_graphs
@@ -315,8 +318,12 @@ class Finetuning:
         new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         if lost := [name for name in new if name.startswith("moleblend.")]:
             raise ValueError(NO_WEIGHTS.format(settings.model, len(lost), lost[0]))
+        head = {f"classifier.{name}" for name in model.classifier.state_dict()}
+        if not continued and head - set(new):  # of other targets, though of the same shape
+            model.classifier = model_class(config).classifier
+            new = sorted({*new, *head})
         self.accelerator.print(
-            f"  not in the checkpoint, so new: {', '.join(new) or 'nothing; its head is continued'}"
+            f"  not in the checkpoint, or of other targets, so new: {', '.join(new) or 'nothing; its head is continued'}"
         )
         return model
 
@@ -549,7 +556,12 @@ def task_of(settings: FinetuningSettings, dataset: str, targets: Sequence[Mappin
             "them with --targets."
         )
     if not names:
-        raise ValueError(f"The dataset {dataset!r} has no targets. Preprocess it with --targets.")
+        raise ValueError(
+            f"No target is named, and {dataset!r} has none. Name the columns of a file with --targets; a dataset has to be "
+            "preprocessed with them."
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"The target {twice[0]!r} is named {names.count(twice[0])} times. Name it once.")
     kinds = {stored[name]["task"] for name in names}
     if settings.task is None and len(kinds) > 1:
         raise ValueError(
@@ -606,10 +618,7 @@ def fold_rows(data: Data, rows: np.ndarray, num_folds: int, seed: int) -> Iterat
 
 def searched(finetuning: Finetuning, training: np.ndarray, validation: np.ndarray) -> dict[str, Any]:
     """The settings with the best validation score among those that Optuna tried."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("search_trials needs Optuna: pip install optuna, or this package with [search].") from error
+    import optuna
 
     def objective(trial: optuna.Trial) -> float:
         tried: dict[str, Any] = {
@@ -678,6 +687,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune as the arguments say, and return what metrics.json holds."""
     settings = parse_args(argv)
     output_dir = Path(settings.output_dir)
+    check_is_there(settings.model)
     check_may_be_emptied(output_dir, settings.overwrite, model=settings.model, input=settings.input)
     # Without geometries, the parameters of the distances get no gradient.
     accelerator = Accelerator(
@@ -693,6 +703,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     if settings.search_trials and accelerator.num_processes > 1:
         raise ValueError("search_trials needs one process. Search on one, then train with what it found.")
+    if settings.search_trials and importlib.util.find_spec("optuna") is None:
+        raise ImportError("search_trials needs Optuna: pip install optuna, or this package with [search].")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     # Data: the input becomes a dataset whose graphs are those that the processor makes which is saved with the model.
@@ -711,6 +723,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.labelled.num_atoms is not None and accelerator.num_processes > 1:
         raise ValueError("Targets of atoms are trained on one process. Launch it without --multi_gpu.")
     training, validation, test = (data.with_labels(data.parts[part]) for part in PARTS)
+    if not any(map(len, (training, validation, test))):
+        raise ValueError(
+            f"No molecule of {dataset.name!r} has a label of {', '.join(task.names)}: all cells are empty. Name other --targets."
+        )
     training = some_of(training, settings.max_training_molecules, settings.split_seed)
     validation = some_of(validation, settings.max_validation_molecules, settings.split_seed)
     for part, rows in zip(PARTS, (training, validation, test), strict=True):
@@ -721,6 +737,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     warnings = check_labels(task.kind, data.some(learned_from))
     check_classes(task.kind, data.some(np.concatenate([both, test])))
     check_transforms(task, data.labels(both))
+    if processor.modality == "auto":
+        about = dataset.about
+        warnings.append(
+            f"{about['num_with_coordinates']:,} of {about['num_kept']:,} molecules have a geometry, and the model is shown it. A SMILES "
+            "alone shows less than the figures are of: predict with geometries, or let --modality 2d+3d make conformers."
+        )
     if set(task.transforms) - {"none"}:
         warnings.append("Epochs were chosen by the error after the transforms, on the scale that is learned.")
     if task.kind == "classes" and not task.class_names:

@@ -128,6 +128,10 @@ def check_labels(task: str, training: Labelled) -> list[str]:
         if len(found) == 1:
             what = "value" if task == "regression" else "class"
             warnings.append(f"Target {name!r} has the same {what} in all of the training set ({found[0]:g}).")
+        elif task == "regression" and set(found) == {0, 1}:
+            warnings.append(
+                f"Target {name!r} is 0 or 1 everywhere, but is learned as a number, not with --task classification."
+            )
     return warnings
 
 

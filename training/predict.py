@@ -25,6 +25,7 @@ dropped left out, those that are added at its end. In CSV the values are joined 
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -41,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor
 
 from engines import run_locally
-from moleblend_hf.checkpoints import check_conformers, check_layers, load_whole
+from moleblend_hf.checkpoints import check_conformers, check_is_there, check_layers, load_whole
 from moleblend_hf.graphs_moleblend import Budget
 from moleblend_hf.molecules_moleblend import MODALITIES, FeaturizationSettings
 from moleblend_hf.prediction_moleblend import predicts_atoms
@@ -128,6 +129,7 @@ def opened_source(settings: PredictionSettings) -> Source:
 
 def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, PredictionPartSettings]:
     """The config of the checkpoint, checked, and what the processes need to know."""
+    check_is_there(settings.model)
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     given = {name: getattr(settings, name) for name in ("modality", "num_conformers")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -306,4 +308,5 @@ def main(argv: list[str] | None = None) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    main()
+    found = main()
+    sys.exit(1 if found["errors"] == found["rows"] > 0 else 0)

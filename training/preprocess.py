@@ -45,7 +45,6 @@ from units import dimension_of, factor
 # the rest.
 RECORDS_A_PART = 1000
 CONFORMERS_A_PART = 100
-MAX_REASONS = 3  # named where all rows are rejected
 SAID = ("title", "citation", "license")  # by the source or the user, about the data
 DUPLICATES = ("keep", "report", "drop")
 # The field states QM9's energies in eV.
@@ -343,8 +342,7 @@ def run(settings: PreprocessingSettings, arguments: Sequence[str]) -> Assembly:
     shutil.rmtree(work)
     print(assembly.summary())
     if not assembly.num_kept:
-        common = assembly.rejected_by_reason.most_common(MAX_REASONS)
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in common)
+        reasons = "; ".join(assembly.commonest_reasons())
         raise ValueError(
             f"The dataset is empty: {assembly.num_read:,} rows of {settings.input!r} were read, and none was kept"
             f"{f' ({reasons})' if reasons else ''}. See {Path(settings.output, 'rejected.parquet')}, and repeat the command "

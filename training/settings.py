@@ -60,8 +60,7 @@ def load_settings(settings_class: type[S], description: str, default_config: Pat
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
         raise ValueError(
-            f"{path or 'The command'} gives no {', '.join(missing)}. "
-            f"{'Add the key there or give the flag' if path else 'Give the flag'}."
+            f"The command gives no {', '.join(missing)}. Give the flag{' or a --config of yours with the key' if path else ''}."
         )
     return settings_from(settings_class, values, path)
 

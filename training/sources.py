@@ -26,7 +26,7 @@ import torch
 from arrow_types import is_nested_list, is_text, is_value, is_values
 from corpora import MOLECULENET, MOLECULENET_SETS, PCQM4MV2, PCQM4MV2_TARGETS, QM9, QM9_TARGETS, Target
 from files import DAMAGE, check_file, check_folder, check_text, open_bytes, open_text, read_head
-from moleblend_hf.molecule_files import DELIMITERS, delimiter_of, plain_name, smiles_column_of
+from moleblend_hf.molecule_files import DELIMITERS, WORKBOOKS, delimiter_of, plain_name, smiles_column_of
 from moleblend_hf.molecules_moleblend import MoleculeError, first_line, sdf_records
 from qm9_ids import qm9_number, read_qm9_ids
 from target_values import MISSING_VALUES, TASKS, check_class_names
@@ -991,7 +991,6 @@ def has_known_ending(path: str | Path) -> bool:
 def source_of(path: str | Path) -> str:
     """The kind of source that the ending of a file's name tells, of `FILES`; the file may be gzipped."""
     if not has_known_ending(path):
-        raise ValueError(
-            f"{str(path)!r} does not end in {', '.join(f'.{name}' for name in _ENDINGS)}. Say what it is with --source."
-        )
+        remedy = "Save the workbook as CSV" if f".{_ending(path)}" in WORKBOOKS else "Say what it is with --source"
+        raise ValueError(f"{str(path)!r} does not end in {', '.join(f'.{name}' for name in _ENDINGS)}. {remedy}.")
     return _ENDINGS[_ending(path)]
