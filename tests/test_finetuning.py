@@ -737,6 +737,17 @@ def test_a_head_of_other_targets_is_not_continued(base, table, tmp_path, capsys)
         assert ("so new: nothing; its head is continued" in capsys.readouterr().out) == (name == "same")
 
 
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(base, table, tmp_path):
+    half = MoleBlendForPreTraining.from_pretrained(base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    MoleBlendProcessor().save_pretrained(tmp_path / "half")
+    assert {weight.dtype for weight in MoleBlendForPreTraining.from_pretrained(tmp_path / "half").parameters()} == {
+        torch.bfloat16
+    }
+    run(tmp_path / "half", table, tmp_path / "out", "--targets", "size", "--epochs", "1")
+    assert {weight.dtype for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
 def test_notes_say_what_users_may_not_have_meant(base, table, tmp_path):
     notes = run(base, table, tmp_path / "out", "--targets", "oxygen,size", "--epochs", "1")["notes"]
     assert [note for note in notes if "Target 'oxygen' is 0 or 1 everywhere" in note]

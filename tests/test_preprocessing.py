@@ -169,9 +169,7 @@ def test_rows_are_in_the_order_of_the_source_and_files_are_cut(done):
 
 def test_a_source_of_which_nothing_is_left_has_its_rejections_and_is_an_error(tmp_path):
     folder = tmp_path / "out"
-    message = (
-        r"is empty: 3 rows of '.*input.csv' were read, and none was kept \(2 parse: .*: unclosed ring.* \(and alike\); 1 csv: has"
-    )
+    message = r"is empty: 3 rows of '.*input.csv' were read, and none was kept \(2 parse: .*: unclosed ring.* \(and alike\); 1 csv: has"
     with pytest.raises(ValueError, match=rf"{message} .*See .*rejected.parquet, and repeat .* with --overwrite"):
         run(tmp_path, "smiles\nC1\nC,C\nCC1\n", "--push_to_hub", "user/name")
     assert (about(folder)["num_kept"], about(folder)["num_rejected"]) == (0, 3)

@@ -313,7 +313,11 @@ class Finetuning:
         if from_scratch:
             return model_class(config)
         model, loading = model_class.from_pretrained(  # type: ignore[misc]  # a pair with output_loading_info
-            settings.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            settings.model,
+            config=config,
+            dtype=torch.float32,  # what is trained, however it was saved
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         if lost := [name for name in new if name.startswith("moleblend.")]:
