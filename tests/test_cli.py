@@ -33,6 +33,7 @@ from moleblend_hf import (
     predict_graphs,
 )
 from moleblend_hf.cli import app
+from moleblend_hf.molecule_files import read_molecules
 from moleblend_hf.verification import write_reference_outputs
 from sources import open_source
 
@@ -542,11 +543,10 @@ def test_paths_that_are_wrong_are_said_at_once(models, tmp_path, monkeypatch):
     )
 
 
-def test_standard_input_may_be_utf16(models):
-    command = [sys.executable, "-m", "moleblend_hf.cli", "predict", str(models / "finetune"), "-", "--format", "csv"]
-    table = "SMILES;Name\r\nCCO;x\r\n".encode("utf-16")
-    found = subprocess.run(command, capture_output=True, input=table, check=True).stdout.decode("utf-8")
-    assert [row["smiles"] for row in csv.DictReader(io.StringIO(found))] == ["CCO"]
+def test_standard_input_may_be_utf16(monkeypatch):
+    table = io.BytesIO("SMILES;Name\r\nCCO;x\r\n".encode("utf-16"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(table), encoding="utf-8"))
+    assert [row.smiles for row in read_molecules("-", "csv")] == ["CCO"]
 
 
 @pytest.mark.parametrize("header", ["id,isomeric_smiles,canonical_smiles", "id,SMI,y", '"id";"SMILES";"y, mol/L"'])
