@@ -37,7 +37,6 @@ import release
 import reporting
 import run_state
 from moleblend_hf import MoleBlendForPreTraining, MoleBlendProcessor
-from optimization import move_average
 from rows import GraphTable, flat_graphs, graph_columns
 from run_state import checkpoints_in, damage
 
@@ -902,21 +901,6 @@ def test_sharded_weights_train_resume_and_load_as_whole_ones(dataset, tmp_path):
     result = launch("--resume", "auto")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (sharded / "model.safetensors").read_bytes() == first
-
-
-def test_the_moving_average_is_that_of_torch():
-    torch.manual_seed(0)
-    model = torch.nn.Linear(5, 3)
-    ours = torch.optim.swa_utils.AveragedModel(model)
-    theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
-    for _ in range(4):
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter)
-        move_average(ours, model, 0.9)
-        theirs.update_parameters(model)
-        assert all(
-            torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True)
-        )
 
 
 def test_two_runs_do_not_write_into_one_folder(dataset, tmp_path):

@@ -153,9 +153,8 @@ def opened_model(settings: PredictionSettings, source: Source) -> tuple[Any, Pre
             f"The processor of {settings.model} tells {processor.max_path_bonds} bonds of a path apart, but its model "
             f"{config.max_path_bonds}. Save the processor that the model was trained with."
         )
-    load_whole(
-        model_class(config, settings.embeddings), settings.model, settings.revision
-    )  # here, not in each process
+    # Here, so that what is missing is said once, not by each process.
+    load_whole(model_class(config, settings.embeddings), settings.model, settings.revision)
     names = (field.name for field in dataclasses.fields(FeaturizationSettings))
     featurization = FeaturizationSettings(**{name: getattr(processor, name) for name in names})
     makes_several = makes_conformers(featurization.modality) and featurization.num_conformers > 1
